@@ -14,27 +14,25 @@ Three stages, each a function below with its loop in plain sight, x a prompt and
     2  reward   minimise −E log σ(r(x, y_w) − r(x, y_l)), Bradley-Terry                                train_reward
     3  P3O      maximise E r − β KL(π‖π_ref) from pairs y_1, y_2 sampled for the same prompt           train_policy
 
-Stage 3 is why this file exists. Bradley-Terry fixes r only up to an offset δ(x): r and r + δ(x) give every preference
-the same probability. PPO's update changes with δ(x), sample by sample. P3O's cannot, since r enters it only as r_1 − r_2:
+Stage 3 is why this file exists. Bradley-Terry fixes r only up to an offset δ(x): r and r + δ(x) give each preference
+the same probability. PPO's update changes with δ(x), sample by sample; P3O's cannot: it sees r only as r_1 − r_2.
 
     (1)  h_i = log π(y_i|x) − log π_ref(y_i|x)      ρ_i = π(y_i|x) / π_old(y_i|x)      sg = stop-gradient
-    (2)  q = sg[ r_1 − r_2 − β (h_1 − h_2) ]                                           zero for every pair: the optimum
+    (2)  q = sg[ r_1 − r_2 − β (h_1 − h_2) ]                                           0 for all pairs: the optimum
     (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )                               the pairwise policy gradient
     (4)  V2, clip="joint":     J = ½ min( q w u, q w clip(u, −ε, ε) )                  u = log(ρ_1/ρ_2)
                                                                                        w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
     (5)  V1, clip="separate":  J = ½ { min( q sg[ρ̄_2] ρ_1, q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
                                      + min( −q sg[ρ̄_1] ρ_2, −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) },  ρ̄ = clip(ρ, 1/c, c)
 
-Left out, on purpose:
-    a value network and GAE     the whole response is one action, and the other response of the pair is its baseline
-    reward whitening, clipping  anything that reads an absolute score would bring δ(x) back
-    a KL term in the loss       q holds it; differentiating log π/π_ref instead has expected gradient zero
-    several GPUs, LoRA, vLLM    use TRL when you need them
+Left out on purpose: a value network and GAE (a response is one action, its partner the baseline), reward whitening and
+clipping (they read absolute scores, so δ(x) would be back), a KL loss (q holds it), several GPUs and LoRA (see TRL).
 """
 
 import time
 
 START = time.perf_counter()  # before the imports: they are a tenth of a small run
+# ruff: noqa: E402
 
 import argparse
 import json
@@ -45,49 +43,39 @@ import shutil
 import sys
 import textwrap
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from itertools import islice
+from functools import partial
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 IMPORT_SECONDS = time.perf_counter() - START
 SHIPPED_DATA = Path(__file__).resolve().parent / "data"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
+Log = Callable[..., None]  # log(step, **metrics) writes one line of metrics.jsonl
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong and what to do. Exit status 2."""
+    """A stop that one line explains. `status` is the exit status: 2 bad input, 1 diverged."""
+
+    status = 2
 
 
-class DivergedError(Exception):
-    """A loss or gradient that is not finite. Exit status 1."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration: each field is an option of the command line, its help text included.
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
+# ---- Configuration: each field is an option of the command line, its help text included ------------------------------
+def option(default: Any, help: str, **rule: Any) -> Any:
+    return field(default=default, metadata={"help": help} | rule)
 
 
 @dataclass
@@ -100,15 +88,14 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     clip: str = option("joint", "joint (V2), separate (V1) or none", choices=("joint", "separate", "none"))
     beta: float = option(0.05, "price of KL to the SFT model, in reward per nat", least=0)
-    clip_range: float = option(0.2, "ε: how far a log-ratio may move in one iteration", above=0)
+    clip_range: float = option(0.2, "ε: how far a log-ratio may move in one iteration", least=0)
     ratio_bound: float = option(10.0, "c: importance weights are kept in [1/c, c]", least=1)
     prompt_tokens: int = option(384, "longer prompts lose their beginning", least=1)
     response_tokens: int = option(128, "longest response", least=1)
+    batch: int = option(32, "stages 1 and 2: rows per update", least=1)
     sft_epochs: int = option(1, "stage 1: passes over the preferred responses", least=1)
-    sft_batch: int = option(32, "stage 1: responses per update", least=1)
     sft_lr: float = option(5e-5, "stage 1: peak learning rate", least=0)
     reward_epochs: int = option(1, "stage 2: passes over the pairs", least=1)
-    reward_batch: int = option(32, "stage 2: pairs per update", least=1)
     reward_lr: float = option(2e-5, "stage 2: peak learning rate", least=0)
     iterations: int = option(1000, "stage 3: rounds of sampling and updating", least=1)
     pairs: int = option(128, "stage 3: prompts per iteration, two responses each", least=1)
@@ -119,28 +106,21 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            name = "--" + f.name.replace("_", "-")
-            if f.type in (int, float) and not math.isfinite(value):
-                raise UserError(f"{name} must be finite, not {value}")
-            if "choices" in rule and value not in rule["choices"]:
+            value, name, rule = getattr(self, f.name), "--" + f.name.replace("_", "-"), f.metadata
+            if value not in rule.get("choices", [value]):
                 raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, not {value!r}")
-            if "least" in rule and value < rule["least"]:
-                raise UserError(f"{name} must be at least {rule['least']}, not {value}")
-            if "above" in rule and value <= rule["above"]:
-                raise UserError(f"{name} must be above {rule['above']}, not {value}")
+            if "least" in rule and not rule["least"] <= value < math.inf:  # NaN fails, too
+                raise UserError(f"{name} must be a finite number of at least {rule['least']}, not {value}")
 
 
-SMALL: dict[str, Any] = dict(small=True, model="tiny", data=str(SHIPPED_DATA), out="runs/small", beta=0.05)
-SMALL |= dict(prompt_tokens=32, response_tokens=40, sft_epochs=2, sft_batch=32, sft_lr=5e-3)
-SMALL |= dict(reward_epochs=2, reward_batch=32, reward_lr=2e-3)
-SMALL |= dict(iterations=60, pairs=64, minibatch=32, inner_epochs=2, lr=1e-3)
+SMALL: dict[str, Any] = dict(
+    small=True, model="tiny", data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32, response_tokens=40,
+    sft_epochs=2, sft_lr=5e-3, reward_epochs=3, reward_lr=2e-3, iterations=50, pairs=64, minibatch=32, inner_epochs=2,
+    lr=1.5e-3,
+)  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: preference pairs as text, then as token ids.
-
-
+# ---- Data: preference pairs as text, then as token ids ---------------------------------------------------------------
 class Pair(NamedTuple):
     """One preference, as text (str) or as token ids (list[int]): both responses follow the same prompt."""
 
@@ -151,75 +131,62 @@ class Pair(NamedTuple):
 
 def split_dialogues(chosen: str, rejected: str) -> Pair | str:
     """Split two Anthropic-HH dialogues after their last shared "Assistant:", or say why the row cannot be used."""
-    shared = os.path.commonprefix([chosen, rejected])
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071
     cut = shared.rfind(ASSISTANT) + len(ASSISTANT)
     pair = Pair(chosen[:cut], chosen[cut:], rejected[cut:])
-    if ASSISTANT not in shared:
-        return "no shared prompt"
-    if HUMAN in pair.chosen or HUMAN in pair.rejected:
-        return "prompts differ"
-    if not pair.chosen.strip() or not pair.rejected.strip():
-        return "empty response"
-    return "responses are equal" if pair.chosen == pair.rejected else pair
-
-
-def load_rows(source: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Rows from a directory (train.jsonl, heldout.jsonl), a .jsonl file or the hub: training, and held-out if any."""
-    path = Path(source)
-    if path.is_dir():
-        return load_rows(str(path / "train.jsonl"))[0], load_rows(str(path / "heldout.jsonl"))[0]
-    if path.is_file():
-        try:
-            return datasets.load_dataset("json", data_files=source, split="train"), None
-        except Exception as error:  # datasets wraps whatever its reader raises
-            try:
-                for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        raise UserError(f"{source}, line {number}: not a JSON object") from None
-            except json.JSONDecodeError as reason:
-                raise UserError(f"{source}, line {number}: invalid JSON ({reason.msg})") from None
-            except (OSError, UnicodeDecodeError) as reason:
-                raise UserError(f"{source}: cannot be read ({reason})") from None
-            raise UserError(f"{source}: no rows that can be read ({type(error).__name__})") from None
-    if path.suffix or source.startswith((".", "/", "~")):
-        raise UserError(f"{source}: no such file or directory; --data takes a file, a directory or a hub name")
-    try:
-        splits = datasets.load_dataset(source)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load {source!r} from the hub ({reason}); --small needs no network") from None
-    return splits["train"], splits.get("test")
+    reasons = {
+        "no shared prompt": ASSISTANT not in shared,
+        "a new human turn in a response": HUMAN in pair.chosen + pair.rejected,
+        "empty response": not pair.chosen.strip() or not pair.rejected.strip(),
+        "equal responses": pair.chosen == pair.rejected,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), pair)
 
 
 def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs of text. Without a held-out part, every tenth prompt (not row) is held out."""
-    train, heldout = (usable_pairs(rows, source) for rows in load_rows(source))
+    """Training and held-out pairs of text: a directory (train.jsonl, heldout.jsonl), a .jsonl file or a hub name.
+
+    Without a held-out split, about every tenth prompt (not row) is held out.
+    """
+    path, files = Path(source), {}
+    if path.exists() or path.suffix or source.startswith((".", "/", "~")):
+        files = {"train": path / "train.jsonl", "test": path / "heldout.jsonl"} if path.is_dir() else {"train": path}
+    for file in files.values():  # the library would say that a line is bad, but not which
+        for number, line in enumerate(file.read_bytes().splitlines(), 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: invalid JSON ({error})") from None
+    try:
+        data_files = {split: str(file) for split, file in files.items()}
+        splits = datasets.load_dataset("json", data_files=data_files) if files else datasets.load_dataset(source)
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"cannot load {source!r}: {str(error).splitlines()[0]}") from None
+    train, heldout = (usable_pairs(splits.get(split, []), f"{source}, {split}") for split in ("train", "test"))
     if not heldout:
-        heldout = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 == 0]
-        train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]
+        train, heldout = (
+            [p for p in train if (zlib.crc32(p.prompt.encode()) % 10 == 0) == out] for out in (False, True)
+        )
     if not train or not heldout:
-        raise UserError(f"{source}: no usable pair to {'train on' if not train else 'hold out'}; it needs more rows")
+        raise UserError(f"{source}: too few usable rows to train on some and hold out others")
     return train, heldout
 
 
-def usable_pairs(rows: datasets.Dataset | None, source: str) -> list[Pair]:
-    """Split every row; count and report those that cannot be used."""
-    if rows is None:
-        return []
+def usable_pairs(rows: Any, where: str) -> list[Pair]:
+    """Split every row; drop, count and report those that cannot be used."""
     pairs, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
-        for key in ("chosen", "rejected"):
-            if not isinstance(row.get(key), str):
-                raise UserError(f"{source}, row {number}: no text under {key!r}; each row needs chosen and rejected")
+        if missing := [key for key in ("chosen", "rejected") if not isinstance(row.get(key), str)]:
+            raise UserError(
+                f"{where} row {number}: no dialogue under {missing[0]!r}; each row needs chosen and rejected"
+            )
         pair = split_dialogues(row["chosen"], row["rejected"])
         if isinstance(pair, Pair):
             pairs.append(pair)
         else:
             dropped[pair] += 1
     for reason, count in dropped.items():
-        print(f"  {source}: {count} of {len(rows)} rows dropped: {reason}")
-    if not pairs:
-        raise UserError(f"{source}: no usable row; a row's two dialogues must share a prompt and differ after it")
+        print(f"{where}: {count} of {len(rows)} rows dropped: {reason}")
     return pairs
 
 
@@ -228,69 +195,37 @@ def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Pair]:
 
     Prompts keep their end. A response ends with EOS unless it was cut: no EOS is forged.
     """
-    eos = [tokenizer.eos_token_id]
-    prompts, chosen, rejected = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
-    examples = [
-        Pair(p[-cfg.prompt_tokens :], (c + eos)[: cfg.response_tokens], (r + eos)[: cfg.response_tokens])
-        for p, c, r in zip(prompts, chosen, rejected, strict=True)
-    ]
-    different = [example for example in examples if example.chosen != example.rejected]
-    if len(different) < len(examples):
-        print(f"  {len(examples) - len(different)} pairs dropped: equal after {cfg.response_tokens} tokens")
-    return different
+    prompts, *responses = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
+    prompts = [ids[-cfg.prompt_tokens :] for ids in prompts]
+    responses = [[[*ids, tokenizer.eos_token_id][: cfg.response_tokens] for ids in column] for column in responses]
+    return [pair for pair in map(Pair, prompts, *responses) if pair.chosen != pair.rejected]
 
 
 def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Prompt + response, right-padded: ids (N, T) and response_mask (N, T), which is True from first token to EOS."""
-    T = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    ids = torch.full((len(prompts), T), model.config.pad_token_id)  # (N, T)
-    response_mask = torch.zeros_like(ids, dtype=torch.bool)  # (N, T)
-    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
-        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        # NOTE from positions, not from ids != pad: with pad = EOS, a mask from ids would hide the EOS action
-        response_mask[i, len(p) : len(p) + len(r)] = True
+    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
+    start, end = torch.tensor([[len(p), len(row)] for p, row in zip(prompts, rows, strict=True)]).T[..., None]  # (N, 1)
+    # NOTE from positions, not from ids != pad: with pad = EOS, a mask from ids would hide the EOS action
+    response_mask = (torch.arange(ids.shape[1]) >= start) & (torch.arange(ids.shape[1]) < end)  # (N, T)
     return ids.to(model.device), response_mask.to(model.device)
 
 
-def batches(n: int, size: int) -> Iterator[Tensor]:
-    """Endless index batches, reshuffled after each pass over n items."""
-    while True:
-        yield from torch.randperm(n).split(size)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models: sampling, log-probabilities, scores.
-
-
+# ---- Models: sampling, log-probabilities, scores ---------------------------------------------------------------------
 def build_tiny(texts: list[str], cfg: Config) -> tuple[PreTrainedModel, Any]:
     """GPT-2's architecture at 2 layers of width 64 with fresh weights, and a byte-level BPE trained on the texts."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            special_tokens=["<|endoftext|>", "<|pad|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    bpe.train_from_iterator(texts, 1000, special_tokens=list(special.values()), show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
     tokenizer.add_tokens([HUMAN, ASSISTANT])  # one token a marker, as chat templates have it
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=cfg.prompt_tokens + cfg.response_tokens,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=cfg.prompt_tokens + cfg.response_tokens, n_embd=64, n_layer=2, n_head=4,
         initializer_range=0.06,  # GPT-2's 0.02 is for width 768
         activation_function="relu",  # GELU would take a third of the time at this size
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return GPT2LMHeadModel(config), tokenizer
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config), tokenizer
 
 
 def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
@@ -305,10 +240,7 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
         raise UserError(f"cannot load the model {cfg.model!r} ({reason}); --small needs no network") from None
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     if cfg.prompt_tokens + cfg.response_tokens > positions:
-        raise UserError(
-            f"--prompt-tokens {cfg.prompt_tokens} and --response-tokens {cfg.response_tokens} do not fit in the "
-            f"{positions} positions of {cfg.model!r}"
-        )
+        raise UserError(f"--prompt-tokens + --response-tokens must fit in the {positions} positions of {cfg.model!r}")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # NOTE with pad = EOS the library's classifier takes EOS for padding and reads the score one token early
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -327,17 +259,11 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
     left = torch.tensor([[P - len(p)] for p in prompts], device=model.device)  # (B, 1): padding before each prompt
     out = model.generate(
         torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=model.device),  # (B, P)
-        attention_mask=(torch.arange(P, device=model.device) >= left).long(),
-        max_new_tokens=max_tokens,
-        num_return_sequences=n,
-        do_sample=True,
-        # NOTE explicit: the library's default top_k = 50 samples from another distribution than the one we score
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )  # (B·n, P + R)
+        attention_mask=(torch.arange(P, device=model.device) >= left).long(),  # (B, P)
+        # NOTE explicit: with the library's default top_k = 50 we would sample one distribution and score another
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        max_new_tokens=max_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad,
+    )  # fmt: skip  # (B·n, P + R)
     ended_before = (out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()  # (B·n, R): number of EOS so far
     mask = F.pad(ended_before == 0, (P, 0), value=False)  # (B·n, P + R)
     shift = torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)  # (B·n, P + R)
@@ -350,7 +276,6 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     """log π(y^t | x, y^<t) of each response token in nats, 0 elsewhere: (…, T−1) from ids and mask (…, T).
 
     Column t belongs to token t+1, since no token predicts the first; sum over the last axis for log π(y|x).
-
     No attention mask: padding stands on the right, where a causal model never looks, and positions count from 0.
     """
     flat, targets = ids.flatten(0, -2), response_mask.flatten(0, -2)[:, 1:]  # (N, T), (N, T−1)
@@ -369,10 +294,7 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     return model.score(hidden.take_along_dim(last[..., None], 1)).float().view(ids.shape[:-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two losses: tensors in, tensors out.
-
-
+# ---- The two losses: tensors in, tensors out -------------------------------------------------------------------------
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """Mean −log σ(r_w − r_l) over pairs (B,), (B,) → scalar, in nats (Bradley & Terry 1952).
 
@@ -385,20 +307,13 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
 
 
 def p3o_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    clip: str = "joint",
-    clip_range: float = 0.2,
-    ratio_bound: float = 10.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, *,
+    beta: float, clip: str = "joint", clip_range: float = 0.2, ratio_bound: float = 10.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss to minimise, −J of equations (4) and (5), mean over pairs, and metrics (P3O paper, section 4.2).
 
     Each argument is (B, 2): log π(y|x) in nats summed over the response, under the current, the sampling and the
-    reference policy, and the scores r(x, y). Only `logprobs` receives gradient. `clip`: "joint" (V2), "separate" (V1) or
+    reference policy, and the scores r(x, y). Only `logprobs` gets a gradient. `clip`: "joint" (V2), "separate" (V1) or
     "none", whose gradient is exactly that of E r − β KL(π‖π_ref), by importance sampling, wherever the policy is.
 
     >>> logprobs = torch.tensor([[-3.0, -4.0]], requires_grad=True)
@@ -416,20 +331,15 @@ def p3o_loss(
         ratio = log_ratio.exp()  # (B, 2)
         partner = ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)  # (B, 2): ρ̄ of the other response
         advantage = torch.stack([q, -q], dim=-1) * partner  # (B, 2)
-        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
-        objective = 0.5 * torch.minimum(advantage * ratio, advantage * clipped).sum(-1)  # (B,)
-        stopped = torch.where(advantage > 0, ratio > 1 + clip_range, (advantage < 0) & (ratio < 1 - clip_range))  # (B, 2)
+        free, held = advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
     else:
-        weight = log_ratio.sum(-1).exp().detach()  # (B,): ρ_1 ρ_2
+        weight, limit = log_ratio.sum(-1).exp().detach(), math.inf  # (B,): ρ_1 ρ_2, eq. (3)
         if clip == "joint":  # V2, eq. (4): both responses are stopped together
-            weight = weight.clamp(1 / ratio_bound, ratio_bound)
-            objective = 0.5 * torch.minimum(q * weight * u, q * weight * u.clamp(-clip_range, clip_range))  # (B,)
-            stopped = torch.where(q > 0, u > clip_range, (q < 0) & (u < -clip_range))  # (B,)
-        else:  # eq. (3)
-            objective = 0.5 * q * weight * u  # (B,)
-            stopped = torch.zeros_like(q)
+            weight, limit = weight.clamp(1 / ratio_bound, ratio_bound), clip_range
+        free, held = ((q * weight * log)[:, None] for log in (u, u.clamp(-limit, limit)))  # (B, 1)
+    objective = 0.5 * torch.minimum(free, held).sum(-1)  # (B,)
     metrics = {
-        "policy/clipfrac": stopped.float().mean(),
+        "policy/clipfrac": (held < free).float().mean(),
         "policy/approxkl": (0.5 * log_ratio.detach() ** 2).mean(),
         "policy/ratio": log_ratio.detach().exp().mean(),
         "objective/q": q.abs().mean(),
@@ -437,10 +347,7 @@ def p3o_loss(
     return -objective.mean(), metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The three stages.
-
-
+# ---- The three stages ------------------------------------------------------------------------------------------------
 def make_optimizer(groups: list[dict[str, Any]], steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW on parameter groups with their own learning rates, and its schedule: 5 % warm-up, then linearly to 0."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -448,12 +355,14 @@ def make_optimizer(groups: list[dict[str, Any]], steps: int) -> tuple[torch.opti
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> float:
-    """One update; returns the gradient norm before clipping. Raises DivergedError before a bad update."""
+    """One update; returns the gradient norm before clipping. Raises UserError before an update that is not finite."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0).item()
     if not math.isfinite(norm + loss.item()):
-        raise DivergedError(f"loss {loss.item()} and gradient norm {norm} must be finite; try a lower learning rate")
+        error = UserError(f"loss {loss.item()}, gradient norm {norm}: not finite; try a lower learning rate")
+        error.status = 1
+        raise error
     optimizer.step()
     schedule.step()
     return norm
@@ -465,14 +374,15 @@ def self_check(claim: str, holds: bool) -> None:
         raise AssertionError(claim)
 
 
-def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: Callable[..., None]) -> None:
+def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
     """Stage 1: maximum likelihood on the preferred responses, mean over response tokens."""
     policy.eval()  # NOTE dropout off here and in every stage: with it on, ratios differ from 1 before any update
-    steps = cfg.sft_epochs * math.ceil(len(examples) / cfg.sft_batch)
+    loader = DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
+    steps = cfg.sft_epochs * len(loader)
     optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.sft_lr}], steps)
-    bar = tqdm(islice(batches(len(examples), cfg.sft_batch), steps), "1 SFT   ", steps)
-    for step, batch in enumerate(bar):
-        prompts, chosen, _ = zip(*(examples[i] for i in batch), strict=True)
+    bar = tqdm(islice(chain.from_iterable(repeat(loader)), steps), "1 SFT   ", steps)
+    for step, rows in enumerate(bar):
+        prompts, chosen, _ = zip(*rows, strict=True)
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
         loss = -response_logprobs(policy, ids, response_mask).sum() / response_mask.sum()
         norm = gradient_step(loss, optimizer, schedule)
@@ -480,26 +390,24 @@ def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: C
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log: Callable[..., None]) -> None:
+def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
     """Stage 2: Bradley-Terry on the preference pairs."""
     model.eval()
     torch.nn.init.zeros_(model.score.weight)  # every score starts at 0, so the loss starts at ln 2
-    steps = cfg.reward_epochs * math.ceil(len(examples) / cfg.reward_batch)
+    loader = DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
+    steps = cfg.reward_epochs * len(loader)
     groups = [{"params": model.base_model.parameters(), "lr": cfg.reward_lr}]
     groups += [{"params": model.score.parameters(), "lr": 10 * cfg.reward_lr}]  # the fresh head has further to go
     optimizer, schedule = make_optimizer(groups, steps)
-    bar = tqdm(islice(batches(len(examples), cfg.reward_batch), steps), "2 reward", steps)
-    for step, batch in enumerate(bar):
-        rows = [examples[i] for i in batch]
+    bar = tqdm(islice(chain.from_iterable(repeat(loader)), steps), "2 reward", steps)
+    for step, rows in enumerate(bar):
         scores = score_pairs(model, rows)  # (B, 2): chosen, rejected
         loss = bradley_terry_loss(scores[:, 0], scores[:, 1])
         if step == 0:
             self_check("reward loss starts at ln 2", abs(loss.item() - math.log(2)) < 1e-6)
         norm = gradient_step(loss, optimizer, schedule)
-        margin = scores.detach()[:, 0] - scores.detach()[:, 1]  # (B,)
-        accuracy = (margin > 0).float().mean().item()
-        log(step, **{"reward/loss": loss.item(), "reward/accuracy": accuracy, "reward/margin": margin.mean().item()}
-            | {"reward/grad_norm": norm})
+        accuracy = (scores[:, 0] > scores[:, 1]).float().mean().item()
+        log(step, **{"reward/loss": loss.item(), "reward/accuracy": accuracy, "reward/grad_norm": norm})
         bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
 
 
@@ -517,38 +425,33 @@ def set_gain(model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list
     NOTE from differences: a gain from absolute scores would depend on δ(x), and so would the update.
     """
     ids, response_mask = sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
-    scores = reward_scores(model, ids, response_mask)  # (B, 2)
-    gain = 1 / (scores[:, 0] - scores[:, 1]).square().mean().sqrt().item()
+    gain = 1 / reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()
     model.score.weight.mul_(gain)
     return gain
 
 
 def train_policy(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    score: Callable[[Tensor, Tensor], Tensor],
-    prompts: list[list[int]],
-    cfg: Config,
-    log: Callable[..., None],
-    loss_fn: Callable[..., tuple[Tensor, dict[str, Tensor]]] = p3o_loss,
-) -> None:
+    policy: PreTrainedModel, reference: PreTrainedModel, score: Callable[[Tensor, Tensor], Tensor],
+    prompts: list[list[int]], cfg: Config, log: Log, loss_fn: Callable[..., tuple[Tensor, dict]] = p3o_loss,
+) -> None:  # fmt: skip
     """Stage 3: sample pairs, score them, a few epochs of updates on them, throw them away, sample again.
 
     `score` maps ids and response_mask (B, 2, T) to scores (B, 2).
     """
     policy.eval()
     reference.requires_grad_(False)
-    clipping = dict(clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
-    steps = cfg.iterations * cfg.inner_epochs * math.ceil(min(cfg.pairs, len(prompts)) / cfg.minibatch)
+    options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
+    loader = DataLoader(prompts, cfg.pairs, shuffle=True, collate_fn=list)
+    steps = cfg.iterations * cfg.inner_epochs * math.ceil(cfg.pairs / cfg.minibatch)
     optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.lr, "weight_decay": 0.0}], steps)
-    bar = tqdm(islice(batches(len(prompts), cfg.pairs), cfg.iterations), "3 P3O   ", cfg.iterations)
+    bar = tqdm(islice(chain.from_iterable(repeat(loader)), cfg.iterations), "3 P3O   ", cfg.iterations)
     for iteration, batch in enumerate(bar):
         # 1. two responses to each prompt; the pair stays together, (B, 2, …), from here to the loss
-        ids, response_mask = sample(policy, [prompts[i] for i in batch], 2, cfg.response_tokens)  # (B, 2, T)
+        ids, response_mask = sample(policy, batch, 2, cfg.response_tokens)  # (B, 2, T)
         # 2. what does not change during the inner epochs
         with torch.no_grad():
             scores = score(ids, response_mask)  # (B, 2)
-            chunks = [torch.arange(len(batch)).split(cfg.minibatch)][0]
+            chunks = torch.arange(len(batch)).split(cfg.minibatch)  # the minibatches' shape: ratio 1 to the last bit
             old_logprobs, ref_logprobs = (
                 torch.cat([response_logprobs(model, ids[c], response_mask[c]).sum(-1) for c in chunks])
                 for model in (policy, reference)
@@ -558,164 +461,133 @@ def train_policy(
         for _ in range(cfg.inner_epochs):
             for pairs in torch.randperm(len(batch)).split(cfg.minibatch):
                 logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).sum(-1)  # (b, 2)
-                loss, metrics = loss_fn(
-                    logprobs, old_logprobs[pairs], ref_logprobs[pairs], scores[pairs], beta=cfg.beta, **clipping
-                )
+                fixed = (old_logprobs[pairs], ref_logprobs[pairs], scores[pairs])  # (b, 2) each
+                loss, metrics = loss_fn(logprobs, *fixed, **options)
                 if iteration == 0 and not updates:
-                    drift = (logprobs - old_logprobs[pairs]).abs().max().item()
-                    self_check(f"ratio = 1 before the first update (|log ρ| ≤ {drift:.0e})", drift < 1e-4)
-                    drift = (logprobs - ref_logprobs[pairs]).abs().max().item()
-                    self_check(f"KL = 0 before the first update (|h| ≤ {drift:.0e})", drift < 1e-4)
+                    for claim, fixed in (("ratio = 1", old_logprobs[pairs]), ("KL = 0", ref_logprobs[pairs])):
+                        drift = (logprobs - fixed).abs().max().item()
+                        self_check(f"{claim} before the first update (largest |log ratio| {drift:.0e})", drift < 1e-4)
                 norm = gradient_step(loss, optimizer, schedule)
                 updates.append(metrics | {"loss/policy": loss.detach(), "policy/grad_norm": norm})
         # 4. metrics
-        row = {
-            "objective/scores": scores.mean(),
-            "objective/score_gap": (scores[:, 0] - scores[:, 1]).abs().mean(),
-            "objective/kl": (old_logprobs - ref_logprobs).mean(),
-            "objective/entropy": -old_logprobs.mean(),
-            "response/length": response_mask.sum(-1).float().mean(),
-            "response/finished": finished(ids, response_mask, policy).float().mean(),
-        } | {key: sum(update[key] for update in updates) / len(updates) for key in updates[0]}
-        row = {key: float(value) for key, value in row.items()}
+        row = {key: float(sum(update[key] for update in updates)) / len(updates) for key in updates[0]} | {
+            "objective/scores": scores.mean().item(),
+            "objective/kl": (old_logprobs - ref_logprobs).mean().item(),
+            "objective/entropy": -old_logprobs.mean().item(),
+            "response/length": response_mask.sum(-1).float().mean().item(),
+            "response/finished": ((ids == policy.config.eos_token_id) & response_mask).any(-1).float().mean().item(),
+        }
         log(iteration, **row)
         shown = {"score": "objective/scores", "kl": "objective/kl", "clipfrac": "policy/clipfrac"}
         bar.set_postfix({name: f"{row[key]:.2f}" for name, key in shown.items()})
 
 
-def finished(ids: Tensor, response_mask: Tensor, model: PreTrainedModel) -> Tensor:
-    """Whether each response (…) of ids, mask (…, T) ended with EOS by itself."""
-    return ((ids == model.config.eos_token_id) & response_mask).any(-1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation on held-out prompts.
-
-
-def mean_ci(values: Tensor) -> tuple[float, list[float]]:
-    """Mean and 95 % normal interval of a sample (N,)."""
-    mean, half = values.float().mean().item(), 1.96 * values.float().std().item() / math.sqrt(len(values))
-    return mean, [mean - half, mean + half]
-
-
+# ---- Evaluation on held-out prompts ----------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate(
-    cfg: Config, sft: PreTrainedModel, reward_model: PreTrainedModel, policy: PreTrainedModel, tokenizer: Any, pairs: list
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """SFT and P3O answer the same held-out prompts, once each. Returns the figures and one row per prompt.
+def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: list[Pair]) -> tuple[dict, dict]:
+    """SFT and P3O answer the same held-out prompts, once each. Returns a summary, and a table: column → cells.
 
-    The judge is the gold reward where the data has one, else the reward model itself (which the policy was trained on).
+    `models`: SFT's, the reward model, P3O's. The judge is the gold reward where the data has one; else it is the reward
+    model, which the policy was trained to please.
     """
-    judge = runpy.run_path(str(SHIPPED_DATA / "judge.py")) if Path(cfg.data).resolve() == SHIPPED_DATA else {}
-    examples, chunk = tokenize(pairs, tokenizer, cfg), cfg.pairs
-
-    def text(ids: Any) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-    scores = torch.cat([score_pairs(reward_model, examples[i : i + chunk]) for i in range(0, len(examples), chunk)]).cpu()
-    agrees = scores[:, 0] > scores[:, 1]  # (N,)
-    figures = {"reward_accuracy": agrees, "reward_gold_agreement": None, "gold_sft": None, "gold_policy": None}
-    if judge:
-        gold = torch.tensor([[judge["gold_reward"](text(p), text(y)) for y in (c, r)] for p, c, r in examples])  # (N, 2)
-        figures["reward_gold_agreement"] = (agrees == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]
-    prompts = [example.prompt for example in examples][: cfg.eval_prompts]
-    table: list[dict[str, Any]] = []
-    for i in range(0, len(prompts), chunk):
-        batch = prompts[i : i + chunk]
-        rows = [{"prompt": text(prompt)} for prompt in batch]
-        for name, model in (("sft", sft), ("policy", policy)):
-            ids, response_mask = sample(model, batch, 1, cfg.response_tokens)  # (B, 1, T)
+    judge = runpy.run_path(str(SHIPPED_DATA / "judge.py")) if Path(cfg.data).resolve() == SHIPPED_DATA else None
+    (sft, reward_model, policy), examples = models, tokenize(pairs, tokenizer, cfg)
+    text = partial(tokenizer.decode, skip_special_tokens=True)
+    chunks = [examples[i : i + cfg.pairs] for i in range(0, len(examples), cfg.pairs)]
+    agrees = torch.cat([score_pairs(reward_model, chunk).diff()[:, 0] < 0 for chunk in chunks]).cpu()  # (N,)
+    prompts = [example.prompt for example in examples[: cfg.eval_prompts]]
+    table: dict[str, list] = defaultdict(list, prompt=list(map(text, prompts)))
+    for name, model in (("sft", sft), ("policy", policy)):
+        for i in range(0, len(prompts), cfg.pairs):
+            ids, response_mask = sample(model, prompts[i : i + cfg.pairs], 1, cfg.response_tokens)  # (B, 1, T)
             h = response_logprobs(model, ids, response_mask) - response_logprobs(sft, ids, response_mask)  # (B, 1, T−1)
-            score, done = reward_scores(reward_model, ids, response_mask), finished(ids, response_mask, model)  # (B, 1)
-            for j, row in enumerate(rows):
-                row[name] = text(ids[j, 0, response_mask[j, 0]])
-                row[f"score_{name}"] = score[j].item()
-                row[f"kl_{name}"], row[f"finished_{name}"] = h[j].sum().item(), done[j].item()
-                if judge:
-                    row[f"gold_{name}"] = judge["gold_reward"](row["prompt"], row[name])
-                    row[f"well_formed_{name}"] = judge["well_formed"](row[name])
-        table += rows
-    by = "gold" if judge else "score"
-    wins = [(row[f"{by}_policy"] > row[f"{by}_sft"]) + 0.5 * (row[f"{by}_policy"] == row[f"{by}_sft"]) for row in table]
-    columns = {key: [row[key] for row in table] for key in table[0] if not isinstance(table[0][key], str)}
-    figures |= {"win_rate": wins, "kl": columns.pop("kl_policy"), "finished_fraction": columns["finished_policy"]} | columns
-    summary: dict[str, Any] = {"judge": "gold reward" if judge else "reward model"}
+            table[f"kl_{name}"] += h.sum((1, 2)).tolist()
+            table[f"score_{name}"] += reward_scores(reward_model, ids, response_mask)[:, 0].tolist()
+            table[f"finished_{name}"] += ((ids == model.config.eos_token_id) & response_mask).any(-1)[:, 0].tolist()
+            table[f"answer_{name}"] += [text(y[mask]) for y, mask in zip(ids[:, 0], response_mask[:, 0], strict=True)]
+        for key, function in (("gold", "gold_reward"), ("well_formed", "well_formed")) if judge else ():
+            table[f"{key}_{name}"] = list(map(judge[function], table["prompt"], table[f"answer_{name}"]))
+
+    by, keys = ("gold", ("score", "gold", "well_formed")) if judge else ("score", ("score",))
+    better = torch.tensor(table[f"{by}_policy"]) - torch.tensor(table[f"{by}_sft"])  # (N,)
+    figures = {"win_rate": (better.sign() + 1) / 2, "kl": table["kl_policy"], "reward_accuracy": agrees}  # ties: ½
+    figures |= {"finished_fraction": table["finished_policy"]}
+    figures |= {f"{key}_{name}": table[f"{key}_{name}"] for key in keys for name in ("sft", "policy")}
+    summary: dict[str, Any] = {"judge": by, "reward_gold_agreement": None, "gold_sft": None, "gold_policy": None}
+    if judge:
+        gold = torch.tensor([[judge["gold_reward"](text(x), text(y)) for y in ys] for x, *ys in examples])  # (N, 2)
+        figures["reward_gold_agreement"] = (agrees == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]
     for name, values in figures.items():
-        summary[name] = None
-        if values is not None:
-            summary[name], summary[f"{name}_ci"] = mean_ci(torch.as_tensor(values))
+        values = torch.as_tensor(values).float()
+        mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+        summary |= {name: mean, f"{name}_ci": [mean - half, mean + half]}
     return summary, table
 
 
-def show(summary: dict[str, Any], table: list[dict[str, Any]]) -> None:
+def show(summary: dict[str, Any], table: dict[str, list]) -> None:
     """A few answers before and after, then the figures with their 95 % intervals."""
-    print("\nHeld-out prompts, SFT's answer and P3O's (score of the reward model, gold reward):")
-    for row in list({row["prompt"]: row for row in table}.values())[:5]:
-        print("\n" + textwrap.shorten(row["prompt"].removesuffix(ASSISTANT.strip()).strip(), 110))
+    print("\nHeld-out prompts and answers; before each answer its score and, if there is a judge, its gold reward")
+    for i in [table["prompt"].index(prompt) for prompt in dict.fromkeys(table["prompt"])][:5]:
+        print("\n" + textwrap.shorten(table["prompt"][i].removesuffix(ASSISTANT), 110))
         for label, name in (("SFT", "sft"), ("P3O", "policy")):
-            gold = f"{row[f'gold_{name}']:+5.1f}" if f"gold_{name}" in row else ""
-            print(f"  {label} {row[f'score_{name}']:+5.2f} {gold}  {textwrap.shorten(row[name], 90)}")
-    print(f"\n{'figure':32}{'mean':>8}   95 % interval")
-    for name, value in summary.items():
-        if f"{name}_ci" in summary:
-            low, high = summary[f"{name}_ci"]
-            print(f"{name:32}{value:8.3f}   {low:.3f} to {high:.3f}")
+            gold = f"{table[f'gold_{name}'][i]:+5.1f}" if f"gold_{name}" in table else ""
+            answer = textwrap.shorten(table[f"answer_{name}"][i], 96)
+            print(f"  {label} {table[f'score_{name}'][i]:+5.2f} {gold}  {answer}")
+    print(f"\n{'figure':24}{'mean':>8}   95 % interval")
+    for name in (key for key in summary if f"{key}_ci" in summary):
+        print(f"{name:24}{summary[name]:8.3f}   {summary[f'{name}_ci'][0]:.3f} to {summary[f'{name}_ci'][1]:.3f}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run: one directory, one folder a finished stage.
+# ---- The run: one directory, one folder a finished stage -------------------------------------------------------------
+def start_stage(cfg: Config, name: str) -> Log | None:
+    """Seed a stage and return its `log`, or None if it was finished before.
 
-
-def run_stage(cfg: Config, name: str, train: Callable[[Path, Callable[..., None]], None]) -> Path:
-    """Run `train(folder, log)` and rename its folder into place at the end; skip it if that was done before.
-
-    A stage depends on its seed, the configuration and the folders of earlier stages alone, so a run that was killed ends
-    in the same weights as one that was not.
+    A stage depends only on its seed, the configuration and the folders of earlier stages, so a run that was killed
+    ends in the same weights as one that was not.
     """
-    done, partial, metrics = (Path(cfg.out) / part for part in (name, f"{name}.partial", "metrics.jsonl"))
-    if done.exists():
-        print(f"{name}: done before, in {done}")
-        return done
-    # forget what a killed run left of this stage; its last line may be torn
+    if (Path(cfg.out) / name).exists():
+        return print(f"{name}: finished before")
+    metrics, start = Path(cfg.out) / "metrics.jsonl", time.perf_counter()
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    write_atomically(metrics, "".join(line for line in lines if not line.startswith(f'{{"stage": "{name}"')))
-    shutil.rmtree(partial, ignore_errors=True)
+    kept = tuple(f'{{"stage": "{done.name}"' for done in Path(cfg.out).iterdir())
+    write_atomically(metrics, "".join(line for line in lines if line.startswith(kept)))  # forget a killed stage's
     torch.manual_seed(zlib.crc32(f"{cfg.seed} {name}".encode()))
-    start = time.perf_counter()
-    with metrics.open("a", buffering=1) as file:  # line by line, so that a run can be watched
 
-        def log(step: int, **values: float) -> None:
-            seconds = round(time.perf_counter() - start, 3)
-            file.write(json.dumps({"stage": name, "step": step} | values | {"seconds": seconds}) + "\n")
+    def log(step: int, **values: float) -> None:
+        row = {"stage": name, "step": step} | values | {"seconds": round(time.perf_counter() - start, 3)}
+        with metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
-        train(partial, log)
-    partial.rename(done)
-    return done
+    return log
+
+
+def finish_stage(cfg: Config, name: str, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Write the model in the library's format, then rename its folder into place: it is there whole or not at all."""
+    scratch = Path(cfg.out) / f"{name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    scratch.rename(Path(cfg.out) / name)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(text)
+    scratch.replace(path)
 
 
 def open_out(cfg: Config, pairs: Any) -> Path:
-    """Make the output directory, or accept it if this very configuration on this very data made it."""
-    out = Path(cfg.out)
-    mine = json.loads(json.dumps(asdict(cfg) | {"data_crc": zlib.crc32(repr(pairs).encode())}))
-    del mine["out"]
-    if (out / "config.json").exists():
-        theirs = json.loads((out / "config.json").read_text())
-        if differ := [f"{key} {theirs.get(key)} → {mine[key]}" for key in mine if theirs.get(key) != mine[key]]:
-            raise UserError(f"{out} was made with another configuration ({', '.join(differ)}); choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and no run of p3o.py made it; choose another --out")
-    else:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "config.json", json.dumps(mine, indent=2))
-        except OSError as error:
-            raise UserError(f"cannot write to --out {out} ({error.strerror})") from None
+    """Make the output directory, or accept the one that this very configuration made from this very data."""
+    out, config = Path(cfg.out), Path(cfg.out) / "config.json"
+    mine = asdict(cfg) | {"out": None, "data_crc": zlib.crc32(repr(pairs).encode())}
+    if not config.exists():
+        if out.exists() and (not out.is_dir() or any(file.suffix != ".partial" for file in out.iterdir())):
+            raise UserError(f"{out} exists and is not a run of p3o.py; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(config, json.dumps(mine, indent=2))
+    theirs = json.loads(config.read_text())
+    if differ := [f"{key} {theirs.get(key)!r}, not {mine[key]!r}" for key in mine if theirs.get(key) != mine[key]]:
+        raise UserError(f"{out} holds a run with {'; '.join(differ)}; choose another --out")
     return out
 
 
@@ -724,68 +596,51 @@ def run(cfg: Config) -> None:
     out = open_out(cfg, (train_pairs, heldout_pairs))
     print(f"{len(train_pairs)} training and {len(heldout_pairs)} held-out pairs, on {cfg.device}, in {out}")
 
-    def load(path: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
-        return kind.from_pretrained(path, dtype=torch.float32, **options).to(cfg.device)  # in eval mode
+    def load(name: str, **options: Any) -> PreTrainedModel:
+        kind = AutoModelForSequenceClassification if options else AutoModelForCausalLM
+        return kind.from_pretrained(out / name, dtype=torch.float32, **options).to(cfg.device)  # in eval mode
 
-    def sft(folder: Path, log: Callable[..., None]) -> None:
+    if log := start_stage(cfg, "sft"):
         policy, tokenizer = load_base(cfg, train_pairs)
         train_sft(policy.to(cfg.device), tokenize(train_pairs, tokenizer, cfg), cfg, log)
-        policy.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    sft_dir = run_stage(cfg, "sft", sft)
-    tokenizer = AutoTokenizer.from_pretrained(sft_dir)
+        finish_stage(cfg, "sft", policy, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(out / "sft")
     examples = tokenize(train_pairs, tokenizer, cfg)
     prompts = [example.prompt for example in examples]
-
-    def reward(folder: Path, log: Callable[..., None]) -> None:
-        model = load(sft_dir, AutoModelForSequenceClassification, num_labels=1)
-        train_reward(model, examples, cfg, log)
-        gain = set_gain(model, load(sft_dir), prompts[: cfg.eval_prompts], cfg)
+    if log := start_stage(cfg, "reward"):
+        reward_model = load("sft", num_labels=1)
+        train_reward(reward_model, examples, cfg, log)
+        gain = set_gain(reward_model, load("sft"), prompts[: cfg.eval_prompts], cfg)
         print(f"  gain: scores × {gain:.3f}, so that r_1 − r_2 has root mean square 1 on SFT's pairs")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    reward_dir = run_stage(cfg, "reward", reward)
-
-    def p3o(folder: Path, log: Callable[..., None]) -> None:
-        policy, reference = load(sft_dir), load(sft_dir)
-        reward_model = load(reward_dir, AutoModelForSequenceClassification).requires_grad_(False)
-        train_policy(policy, reference, lambda ids, mask: reward_scores(reward_model, ids, mask), prompts, cfg, log)
-        for model, saved in ((reference, load(sft_dir)), (reward_model, load(reward_dir, type(reward_model)))):
-            same = all(map(torch.equal, model.state_dict().values(), saved.state_dict().values()))
-            self_check(f"{'reference' if model is reference else 'reward model'} bit-equal at the end", same)
-        policy.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    policy_dir = run_stage(cfg, "policy", p3o)
-
+        finish_stage(cfg, "reward", reward_model, tokenizer)
+    if log := start_stage(cfg, "p3o"):
+        policy, reference, reward_model = load("sft"), load("sft"), load("reward", num_labels=1)
+        train_policy(policy, reference, partial(reward_scores, reward_model), prompts, cfg, log)
+        for model, saved in ((reference, load("sft")), (reward_model, load("reward", num_labels=1))):
+            same = map(torch.equal, model.state_dict().values(), saved.state_dict().values())
+            self_check(f"{'reference' if model is reference else 'reward model'} unchanged to the last bit", all(same))
+        finish_stage(cfg, "p3o", policy, tokenizer)
     start = time.perf_counter()
     torch.manual_seed(zlib.crc32(f"{cfg.seed} eval".encode()))
-    reward_model = load(reward_dir, AutoModelForSequenceClassification)
-    summary, table = evaluate(cfg, load(sft_dir), reward_model, load(policy_dir), tokenizer, heldout_pairs)
+    models = [load("sft"), load("reward", num_labels=1), load("p3o")]
+    summary, table = evaluate(cfg, models, tokenizer, heldout_pairs)
     show(summary, table)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     seconds = {"import": IMPORT_SECONDS} | {row["stage"]: row["seconds"] for row in rows}  # each stage's last row
-    seconds["p3o"] = seconds.pop("policy")
     seconds |= {"eval": time.perf_counter() - start, "total": time.perf_counter() - START}
-    summary |= {"seconds": {key: round(value, 2) for key, value in seconds.items()}}
-    summary |= {"seed": cfg.seed, "config": asdict(cfg)}
+    summary |= {"seconds": seconds, "seed": cfg.seed, "config": asdict(cfg)}
     write_atomically(out / "summary.json", json.dumps(summary, indent=2))
     print("seconds: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()))
     print(f"models, metrics.jsonl and summary.json are in {out}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line.
-
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 def parse_config(argv: list[str]) -> Config:
     """The configuration from the command line: a preset, then what the options say. Raises UserError."""
     preset = Config(**SMALL) if "--small" in argv else Config()
     parser = argparse.ArgumentParser(
-        prog="p3o.py", usage="python p3o.py [--small] [options]", allow_abbrev=False, description=__doc__.split("\n")[0],
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
+        usage="python p3o.py [--small] [options]", description=__doc__.splitlines()[0], allow_abbrev=False,
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=112),
     )  # fmt: skip
 
     def fail(message: str) -> None:
@@ -793,18 +648,16 @@ def parse_config(argv: list[str]) -> Config:
 
     parser.error = fail
     for f in fields(Config):
-        default, name = getattr(preset, f.name), "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", help=f.metadata["help"])
-        else:
-            parser.add_argument(name, type=f.type, default=default, metavar="X", help=f"{f.metadata['help']} ({default})")
+        default, name, text = getattr(preset, f.name), "--" + f.name.replace("_", "-"), f.metadata["help"]
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default, "metavar": "X"}
+        parser.add_argument(name, help=text if f.type is bool else f"{text} ({default})", **kind)
     cfg = Config(**vars(parser.parse_args(argv)))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     cfg.device = str(accelerator) if cfg.device == "auto" else cfg.device
     try:
         torch.zeros(1, device=cfg.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {cfg.device} is not to be had here: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
     return cfg
 
 
@@ -816,12 +669,9 @@ def main(argv: list[str] | None = None) -> int:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         run(parse_config(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"p3o.py: {error}", file=sys.stderr)
-        return 2
-    except DivergedError as error:
-        print(f"p3o.py: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "status", 2)
     except KeyboardInterrupt:
         print("p3o.py: interrupted; finished stages are kept, and the same command continues", file=sys.stderr)
         return 130

@@ -43,19 +43,22 @@ def write_response(prompt: str, rng: random.Random) -> str:
         subject = rng.choices([topic, rng.choice(list(judge.TOPICS)), None], [5, 3, slot == 1])[0]
         parts.append(rng.choice(judge.TOPICS[subject][slot] if subject else judge.VAGUE))
     parts += rng.choice([[rng.choice(judge.KIND_CLOSERS)], [rng.choice(judge.RUDE_CLOSERS)], [], []])
-    return break_response(parts, rng) if rng.random() < 0.08 else " ".join(parts)
+    return break_response(parts, rng) if rng.random() < 0.1 else " ".join(parts)
 
 
 def break_response(parts: list[str], rng: random.Random) -> str:
-    """One of two flaws: the answer is cut short inside a sentence, or two sentences run together."""
+    """One flaw: the answer stops early, a sentence loses its beginning or runs into the next, or says its thing twice."""
     i = rng.randrange(len(parts))
-    if rng.random() < 0.5:
-        words = parts[i].split()
+    words = parts[i].split()
+    flaw = rng.choice(["stop", "no beginning", "run-on", "twice", "twice"])
+    if flaw == "stop":
         parts[i:] = [" ".join(words[: rng.randrange(1, len(words))])]
+    elif flaw == "no beginning":
+        parts[i] = " ".join(words[rng.randrange(1, len(words)) :])
+    elif flaw == "run-on":
+        parts[i] = parts[i].rstrip(".!?")
     else:
-        i = rng.randrange(len(parts) - 1) if len(parts) > 1 else 0
-        tail = parts[i + 1 : i + 2] or [rng.choice(judge.VAGUE)]
-        parts[i : i + 2] = [parts[i][:-1] + " and " + tail[0][0].lower() + tail[0][1:]]
+        parts.insert(i, rng.choice(next(pool for _, pool in judge.POOLS if parts[i] in pool)))
     return " ".join(parts)
 
 

@@ -40,11 +40,13 @@ KIND_CLOSERS = ["You can do it!", "Good luck!", "Hope that helps!"]
 RUDE_CLOSERS = ["Leave me alone.", "Stop asking."]
 VAGUE = ["It depends.", "Try harder.", "Look it up."]
 
-ENOUGH_STEPS, MOST_SENTENCES, FLAW = 2, 4, -2
 NATS_PER_POINT = 1.5  # how sure the annotators are: a gap of one point is labelled right with probability sigmoid(1.5)
 
-TOPIC_OF = {step: topic for topic, (_, firsts, thens) in TOPICS.items() for step in firsts + thens}
-KNOWN = {*TOPIC_OF, *KIND_OPENERS, *RUDE_OPENERS, *KIND_CLOSERS, *RUDE_CLOSERS, *VAGUE}
+# An answer has four slots: opener, first step (or something vague), second step, closer. Each may be empty.
+POOLS = [(0, KIND_OPENERS), (0, RUDE_OPENERS), (1, VAGUE), (3, KIND_CLOSERS), (3, RUDE_CLOSERS)]
+POOLS += [(slot, topic[slot]) for topic in TOPICS.values() for slot in (1, 2)]
+SLOT_OF = {sentence: slot for slot, pool in POOLS for sentence in pool}
+TOPIC_OF = {step: topic for topic, (_, firsts, seconds) in TOPICS.items() for step in firsts + seconds}
 
 
 def sentences(response: str) -> list[str]:
@@ -53,14 +55,16 @@ def sentences(response: str) -> list[str]:
 
 
 def flaws(response: str) -> int:
-    """Count what a reader would call broken: fragments, run-ons, repetition, bad spacing, rambling, nothing at all."""
+    """Count what a reader would call broken: fragments, run-ons, repetition, rambling, bad spacing, nothing at all."""
     parts = sentences(response)
-    unknown = sum(s not in KNOWN for s in parts)
-    repeated = len(parts) - len(set(parts))
-    return unknown + repeated + (" ".join(parts) != response.strip()) + (len(parts) > MOST_SENTENCES) + (not parts)
+    slots = [SLOT_OF[s] for s in parts if s in SLOT_OF]
+    unknown = len(parts) - len(slots)
+    repeated = sum(later <= earlier for earlier, later in zip(slots, slots[1:]))
+    return unknown + repeated + (" ".join(parts) != response.strip() or not parts)
 
 
-def well_formed(response: str) -> bool:
+def well_formed(prompt: str, response: str) -> bool:
+    """Whether the response is whole, whatever it says; the prompt is not read."""
     return flaws(response) == 0
 
 
@@ -76,12 +80,10 @@ def topic_of(prompt: str) -> str:
 def gold_reward(prompt: str, response: str) -> float:
     """The true reward, in nats: P(a preferred to b) = sigmoid(gold(a) - gold(b)).
 
-    One point for a kind opener, for each helpful step (two are enough) and for a kind closer; one off for each rude or
-    off-topic sentence; none for vague ones; two off for each flaw.
+    One point for a kind opener, for a first and a second step that help, and for a kind closer; none for vague words; one
+    off for each rude or off-topic sentence; two off for each flaw.
     """
     topic, parts = topic_of(prompt), sentences(response)
-    helpful = len({s for s in parts if TOPIC_OF.get(s) == topic})
-    off_topic = sum(s in TOPIC_OF and TOPIC_OF[s] != topic for s in parts)
-    kind = sum(s in KIND_OPENERS for s in parts[:1]) + sum(s in KIND_CLOSERS for s in parts[-1:])
-    rude = sum(s in RUDE_OPENERS + RUDE_CLOSERS for s in parts)
-    return NATS_PER_POINT * (min(helpful, ENOUGH_STEPS) + kind - off_topic - rude + FLAW * flaws(response))
+    good = {SLOT_OF[s] for s in parts if s in KIND_OPENERS + KIND_CLOSERS or TOPIC_OF.get(s) == topic}
+    bad = [s for s in parts if s in RUDE_OPENERS + RUDE_CLOSERS or TOPIC_OF.get(s, topic) != topic]
+    return NATS_PER_POINT * (len(good) - len(bad) - 2 * flaws(response))
