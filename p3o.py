@@ -6,7 +6,6 @@
 
     python p3o.py --small      # a tiny GPT-2 on the data in data/: about a minute on a laptop, no network
     python p3o.py              # GPT-2 (124M) on Anthropic HH, one GPU
-    python p3o.py -h           # every option
 
 Three stages, each a function below with its loop in plain sight, x a prompt and y a whole response:
 
@@ -32,7 +31,6 @@ clipping (they read absolute scores, so δ(x) would be back), a KL loss (q holds
 import time
 
 START = time.perf_counter()  # before the imports: they are a tenth of a small run
-# ruff: noqa: E402
 
 import argparse
 import json
@@ -43,13 +41,13 @@ import shutil
 import sys
 import textwrap
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import tokenizers
@@ -57,7 +55,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -68,9 +65,7 @@ Log = Callable[..., None]  # log(step, **metrics) writes one line of metrics.jso
 
 
 class UserError(Exception):
-    """A stop that one line explains. `status` is the exit status: 2 bad input, 1 diverged."""
-
-    status = 2
+    """Something the user can mend, told in one line."""
 
 
 # ---- Configuration: each field is an option of the command line, its help text included ------------------------------
@@ -115,18 +110,14 @@ class Config:
 
 SMALL: dict[str, Any] = dict(
     small=True, model="tiny", data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32, response_tokens=40,
-    sft_epochs=2, sft_lr=5e-3, reward_epochs=3, reward_lr=2e-3, iterations=50, pairs=64, minibatch=32, inner_epochs=2,
+    sft_epochs=1, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=50, pairs=64, minibatch=32, inner_epochs=2,
     lr=1.5e-3,
 )  # fmt: skip
 
 
 # ---- Data: preference pairs as text, then as token ids ---------------------------------------------------------------
-class Pair(NamedTuple):
-    """One preference, as text (str) or as token ids (list[int]): both responses follow the same prompt."""
-
-    prompt: Any
-    chosen: Any
-    rejected: Any
+# one preference, its three parts as text (str) or as token ids (list[int]); both responses follow the same prompt
+Pair = namedtuple("Pair", ["prompt", "chosen", "rejected"])
 
 
 def split_dialogues(chosen: str, rejected: str) -> Pair | str:
@@ -160,13 +151,12 @@ def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     try:
         data_files = {split: str(file) for split, file in files.items()}
         splits = datasets.load_dataset("json", data_files=data_files) if files else datasets.load_dataset(source)
-    except (ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load {source!r}: {str(error).splitlines()[0]}") from None
+    except (ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"cannot load {source!r}: {(str(error) or 'no rows').splitlines()[0]}") from None
     train, heldout = (usable_pairs(splits.get(split, []), f"{source}, {split}") for split in ("train", "test"))
     if not heldout:
-        train, heldout = (
-            [p for p in train if (zlib.crc32(p.prompt.encode()) % 10 == 0) == out] for out in (False, True)
-        )
+        heldout = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 == 0]
+        train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]
     if not train or not heldout:
         raise UserError(f"{source}: too few usable rows to train on some and hold out others")
     return train, heldout
@@ -176,10 +166,9 @@ def usable_pairs(rows: Any, where: str) -> list[Pair]:
     """Split every row; drop, count and report those that cannot be used."""
     pairs, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
-        if missing := [key for key in ("chosen", "rejected") if not isinstance(row.get(key), str)]:
-            raise UserError(
-                f"{where} row {number}: no dialogue under {missing[0]!r}; each row needs chosen and rejected"
-            )
+        for key in ("chosen", "rejected"):
+            if not isinstance(row.get(key), str):
+                raise UserError(f"{where} row {number}: no dialogue under {key!r}; each row needs chosen and rejected")
         pair = split_dialogues(row["chosen"], row["rejected"])
         if isinstance(pair, Pair):
             pairs.append(pair)
@@ -191,14 +180,14 @@ def usable_pairs(rows: Any, where: str) -> list[Pair]:
 
 
 def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Pair]:
-    """Text to ids, the one place where it happens, so every stage sees the same ids for the same text.
-
-    Prompts keep their end. A response ends with EOS unless it was cut: no EOS is forged.
-    """
+    """Text to ids, for every stage alike. Prompts keep their end; EOS ends a response unless it was cut."""
     prompts, *responses = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
     prompts = [ids[-cfg.prompt_tokens :] for ids in prompts]
     responses = [[[*ids, tokenizer.eos_token_id][: cfg.response_tokens] for ids in column] for column in responses]
-    return [pair for pair in map(Pair, prompts, *responses) if pair.chosen != pair.rejected]
+    examples = [pair for pair in map(Pair, prompts, *responses) if pair.chosen != pair.rejected]
+    if len(examples) < len(pairs):
+        print(f"{len(pairs) - len(examples)} of {len(pairs)} pairs dropped: equal after {cfg.response_tokens} tokens")
+    return examples
 
 
 def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -236,8 +225,7 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load the model {cfg.model!r} ({reason}); --small needs no network") from None
+        raise UserError(f"cannot load model {cfg.model!r}: {str(error).splitlines()[0]}; --small needs none") from None
     positions = getattr(model.config, "max_position_embeddings", math.inf)
     if cfg.prompt_tokens + cfg.response_tokens > positions:
         raise UserError(f"--prompt-tokens + --response-tokens must fit in the {positions} positions of {cfg.model!r}")
@@ -251,10 +239,7 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Draw n independent responses a prompt from the model's own distribution.
-
-    Returns ids (B, n, T) and response_mask (B, n, T), right-padded like `collate`; the mask ends with the first EOS.
-    """
+    """Draw n responses a prompt: ids and response_mask (B, n, T), right-padded like `collate`, up to the first EOS."""
     P, eos, pad = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id
     left = torch.tensor([[P - len(p)] for p in prompts], device=model.device)  # (B, 1): padding before each prompt
     out = model.generate(
@@ -266,10 +251,9 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
     )  # fmt: skip  # (B·n, P + R)
     ended_before = (out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()  # (B·n, R): number of EOS so far
     mask = F.pad(ended_before == 0, (P, 0), value=False)  # (B·n, P + R)
-    shift = torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)  # (B·n, P + R)
-    rolled = shift % out.shape[1]  # moves each row's left padding to its right end
-    ids, mask = out.gather(1, rolled), mask.gather(1, rolled)
-    return ids.view(len(prompts), n, -1), mask.view(len(prompts), n, -1)
+    columns = torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)  # (B·n, P + R)
+    rolled = columns % out.shape[1]  # moves each row's left padding to its right end
+    return tuple(rows.gather(1, rolled).view(len(prompts), n, -1) for rows in (out, mask))
 
 
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -298,8 +282,6 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """Mean −log σ(r_w − r_l) over pairs (B,), (B,) → scalar, in nats (Bradley & Terry 1952).
 
-    >>> bradley_terry_loss(torch.zeros(3), torch.zeros(3))  # ln 2: no preference yet
-    tensor(0.6931)
     >>> bradley_terry_loss(torch.tensor([2.0]) + 100, torch.tensor([1.0]) + 100)  # blind to an offset
     tensor(0.3133)
     """
@@ -349,20 +331,18 @@ def p3o_loss(
 
 # ---- The three stages ------------------------------------------------------------------------------------------------
 def make_optimizer(groups: list[dict[str, Any]], steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW on parameter groups with their own learning rates, and its schedule: 5 % warm-up, then linearly to 0."""
+    """AdamW, each group with its learning rate, and its schedule: 5 % warm-up, then linearly to 0."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, math.ceil(0.05 * steps), steps)
 
 
 def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> float:
-    """One update; returns the gradient norm before clipping. Raises UserError before an update that is not finite."""
+    """One update; returns the gradient norm before clipping. Raises FloatingPointError if not finite."""
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0).item()
     if not math.isfinite(norm + loss.item()):
-        error = UserError(f"loss {loss.item()}, gradient norm {norm}: not finite; try a lower learning rate")
-        error.status = 1
-        raise error
+        raise FloatingPointError(f"loss {loss.item()} and gradient norm {norm} must be finite; lower the learning rate")
     optimizer.step()
     schedule.step()
     return norm
@@ -377,7 +357,7 @@ def self_check(claim: str, holds: bool) -> None:
 def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
     """Stage 1: maximum likelihood on the preferred responses, mean over response tokens."""
     policy.eval()  # NOTE dropout off here and in every stage: with it on, ratios differ from 1 before any update
-    loader = DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
+    loader = torch.utils.data.DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
     steps = cfg.sft_epochs * len(loader)
     optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.sft_lr}], steps)
     bar = tqdm(islice(chain.from_iterable(repeat(loader)), steps), "1 SFT   ", steps)
@@ -385,8 +365,7 @@ def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: L
         prompts, chosen, _ = zip(*rows, strict=True)
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
         loss = -response_logprobs(policy, ids, response_mask).sum() / response_mask.sum()
-        norm = gradient_step(loss, optimizer, schedule)
-        log(step, **{"sft/loss": loss.item(), "sft/grad_norm": norm})
+        log(step, **{"sft/loss": loss.item(), "sft/grad_norm": gradient_step(loss, optimizer, schedule)})
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
@@ -394,7 +373,7 @@ def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log:
     """Stage 2: Bradley-Terry on the preference pairs."""
     model.eval()
     torch.nn.init.zeros_(model.score.weight)  # every score starts at 0, so the loss starts at ln 2
-    loader = DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
+    loader = torch.utils.data.DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
     steps = cfg.reward_epochs * len(loader)
     groups = [{"params": model.base_model.parameters(), "lr": cfg.reward_lr}]
     groups += [{"params": model.score.parameters(), "lr": 10 * cfg.reward_lr}]  # the fresh head has further to go
@@ -405,25 +384,23 @@ def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log:
         loss = bradley_terry_loss(scores[:, 0], scores[:, 1])
         if step == 0:
             self_check("reward loss starts at ln 2", abs(loss.item() - math.log(2)) < 1e-6)
-        norm = gradient_step(loss, optimizer, schedule)
-        accuracy = (scores[:, 0] > scores[:, 1]).float().mean().item()
-        log(step, **{"reward/loss": loss.item(), "reward/accuracy": accuracy, "reward/grad_norm": norm})
-        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{accuracy:.2f}")
+        figures = {"loss": loss.item(), "accuracy": (scores[:, 0] > scores[:, 1]).float().mean().item()}
+        figures["grad_norm"] = gradient_step(loss, optimizer, schedule)
+        log(step, **{f"reward/{key}": value for key, value in figures.items()})
+        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{figures['accuracy']:.2f}")
 
 
 def score_pairs(model: PreTrainedModel, rows: list[Pair]) -> Tensor:
     """Scores (B, 2) of chosen and rejected."""
-    prompts, responses = [row.prompt for row in rows for _ in (0, 1)], [text for row in rows for text in row[1:]]
+    prompts, responses = zip(*((row.prompt, response) for row in rows for response in row[1:]), strict=True)
     ids, response_mask = collate(prompts, responses, model)  # (2B, T)
     return reward_scores(model, ids, response_mask).view(-1, 2)
 
 
 @torch.no_grad()
 def set_gain(model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list[int]], cfg: Config) -> float:
-    """Scale the score head, once, so that r_1 − r_2 has root mean square 1 on pairs from SFT: β then means something.
-
-    NOTE from differences: a gain from absolute scores would depend on δ(x), and so would the update.
-    """
+    """Scale the score head, once, so that r_1 − r_2 has root mean square 1 on SFT's pairs: β then has a unit."""
+    # NOTE from differences: a gain from absolute scores would depend on δ(x), and so would the update
     ids, response_mask = sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
     gain = 1 / reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()
     model.score.weight.mul_(gain)
@@ -434,14 +411,10 @@ def train_policy(
     policy: PreTrainedModel, reference: PreTrainedModel, score: Callable[[Tensor, Tensor], Tensor],
     prompts: list[list[int]], cfg: Config, log: Log, loss_fn: Callable[..., tuple[Tensor, dict]] = p3o_loss,
 ) -> None:  # fmt: skip
-    """Stage 3: sample pairs, score them, a few epochs of updates on them, throw them away, sample again.
-
-    `score` maps ids and response_mask (B, 2, T) to scores (B, 2).
-    """
+    """Stage 3: sample pairs, score them (B, 2, T) → (B, 2), update on them for a few epochs, throw them away."""
     policy.eval()
-    reference.requires_grad_(False)
     options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
-    loader = DataLoader(prompts, cfg.pairs, shuffle=True, collate_fn=list)
+    loader = torch.utils.data.DataLoader(prompts, cfg.pairs, shuffle=True, collate_fn=list)
     steps = cfg.iterations * cfg.inner_epochs * math.ceil(cfg.pairs / cfg.minibatch)
     optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.lr, "weight_decay": 0.0}], steps)
     bar = tqdm(islice(chain.from_iterable(repeat(loader)), cfg.iterations), "3 P3O   ", cfg.iterations)
@@ -485,10 +458,9 @@ def train_policy(
 # ---- Evaluation on held-out prompts ----------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: list[Pair]) -> tuple[dict, dict]:
-    """SFT and P3O answer the same held-out prompts, once each. Returns a summary, and a table: column → cells.
+    """SFT and P3O (`models`: SFT, reward, P3O) answer the same held-out prompts; a summary and a table of columns.
 
-    `models`: SFT's, the reward model, P3O's. The judge is the gold reward where the data has one; else it is the reward
-    model, which the policy was trained to please.
+    The judge is the gold reward where the data has one; else the reward model, which the policy was trained to please.
     """
     judge = runpy.run_path(str(SHIPPED_DATA / "judge.py")) if Path(cfg.data).resolve() == SHIPPED_DATA else None
     (sft, reward_model, policy), examples = models, tokenize(pairs, tokenizer, cfg)
@@ -507,12 +479,12 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
             table[f"answer_{name}"] += [text(y[mask]) for y, mask in zip(ids[:, 0], response_mask[:, 0], strict=True)]
         for key, function in (("gold", "gold_reward"), ("well_formed", "well_formed")) if judge else ():
             table[f"{key}_{name}"] = list(map(judge[function], table["prompt"], table[f"answer_{name}"]))
-
     by, keys = ("gold", ("score", "gold", "well_formed")) if judge else ("score", ("score",))
     better = torch.tensor(table[f"{by}_policy"]) - torch.tensor(table[f"{by}_sft"])  # (N,)
-    figures = {"win_rate": (better.sign() + 1) / 2, "kl": table["kl_policy"], "reward_accuracy": agrees}  # ties: ½
-    figures |= {"finished_fraction": table["finished_policy"]}
-    figures |= {f"{key}_{name}": table[f"{key}_{name}"] for key in keys for name in ("sft", "policy")}
+    figures = {"win_rate": (better.sign() + 1) / 2, "kl": table["kl_policy"], "reward_accuracy": agrees}  # a tie is ½
+    figures |= {"finished_fraction": table["finished_policy"]} | {
+        f"{key}_{name}": table[f"{key}_{name}"] for key in keys for name in ("sft", "policy")
+    }
     summary: dict[str, Any] = {"judge": by, "reward_gold_agreement": None, "gold_sft": None, "gold_policy": None}
     if judge:
         gold = torch.tensor([[judge["gold_reward"](text(x), text(y)) for y in ys] for x, *ys in examples])  # (N, 2)
@@ -540,11 +512,7 @@ def show(summary: dict[str, Any], table: dict[str, list]) -> None:
 
 # ---- The run: one directory, one folder a finished stage -------------------------------------------------------------
 def start_stage(cfg: Config, name: str) -> Log | None:
-    """Seed a stage and return its `log`, or None if it was finished before.
-
-    A stage depends only on its seed, the configuration and the folders of earlier stages, so a run that was killed
-    ends in the same weights as one that was not.
-    """
+    """Seed a stage and return its `log`, or None if it was finished; it depends on seed, options and stages before."""
     if (Path(cfg.out) / name).exists():
         return print(f"{name}: finished before")
     metrics, start = Path(cfg.out) / "metrics.jsonl", time.perf_counter()
@@ -630,13 +598,12 @@ def run(cfg: Config) -> None:
     seconds |= {"eval": time.perf_counter() - start, "total": time.perf_counter() - START}
     summary |= {"seconds": seconds, "seed": cfg.seed, "config": asdict(cfg)}
     write_atomically(out / "summary.json", json.dumps(summary, indent=2))
-    print("seconds: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()))
-    print(f"models, metrics.jsonl and summary.json are in {out}")
+    print("seconds: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()) + f"; all is in {out}")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 def parse_config(argv: list[str]) -> Config:
-    """The configuration from the command line: a preset, then what the options say. Raises UserError."""
+    """A preset, changed by what the options say. Raises UserError."""
     preset = Config(**SMALL) if "--small" in argv else Config()
     parser = argparse.ArgumentParser(
         usage="python p3o.py [--small] [options]", description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -652,8 +619,8 @@ def parse_config(argv: list[str]) -> Config:
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default, "metavar": "X"}
         parser.add_argument(name, help=text if f.type is bool else f"{text} ({default})", **kind)
     cfg = Config(**vars(parser.parse_args(argv)))
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    cfg.device = str(accelerator) if cfg.device == "auto" else cfg.device
+    if cfg.device == "auto":
+        cfg.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.zeros(1, device=cfg.device)
     except (RuntimeError, AssertionError) as error:
@@ -669,9 +636,9 @@ def main(argv: list[str] | None = None) -> int:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         run(parse_config(sys.argv[1:] if argv is None else argv))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"p3o.py: {error}", file=sys.stderr)
-        return getattr(error, "status", 2)
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         print("p3o.py: interrupted; finished stages are kept, and the same command continues", file=sys.stderr)
         return 130

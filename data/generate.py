@@ -1,6 +1,6 @@
 """Write train.jsonl and heldout.jsonl: preference pairs between two mediocre answers, labelled by Bradley-Terry.
 
-    python data/generate.py [DIRECTORY]      # default: beside this file; always the same bytes
+python data/generate.py [DIRECTORY]      # default: beside this file; always the same bytes
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import judge
 
-SEED, TRAIN_PAIRS, HELDOUT_PAIRS, HELDOUT_SHARE = 2310, 8000, 800, 6
+SEED, TRAIN_PAIRS, HELDOUT_PAIRS, HELDOUT_SHARE = 2310, 12000, 800, 6
 FRAMES = [
     "{}.",
     "{} again.",
@@ -43,14 +43,14 @@ def write_response(prompt: str, rng: random.Random) -> str:
         subject = rng.choices([topic, rng.choice(list(judge.TOPICS)), None], [5, 3, slot == 1])[0]
         parts.append(rng.choice(judge.TOPICS[subject][slot] if subject else judge.VAGUE))
     parts += rng.choice([[rng.choice(judge.KIND_CLOSERS)], [rng.choice(judge.RUDE_CLOSERS)], [], []])
-    return break_response(parts, rng) if rng.random() < 0.1 else " ".join(parts)
+    return break_response(parts, rng) if rng.random() < 0.12 else " ".join(parts)
 
 
 def break_response(parts: list[str], rng: random.Random) -> str:
-    """One flaw: the answer stops early, a sentence loses its beginning or runs into the next, or says its thing twice."""
+    """One flaw: the answer stops early, a sentence loses its beginning, runs on, or says its thing twice."""
     i = rng.randrange(len(parts))
     words = parts[i].split()
-    flaw = rng.choice(["stop", "no beginning", "run-on", "twice", "twice"])
+    flaw = rng.choices(["stop", "no beginning", "run-on", "twice"], [1, 1, 1, 3])[0]
     if flaw == "stop":
         parts[i:] = [" ".join(words[: rng.randrange(1, len(words))])]
     elif flaw == "no beginning":

@@ -5,8 +5,9 @@ It knows the truth because the same tables wrote the data; a model trained on th
 """
 
 import re
+from itertools import pairwise
 
-# topic -> (ways to tell the trouble, first steps that help, second steps that help). What helps one is no help to another.
+# topic -> (ways to tell the trouble, first steps, second steps). What helps with one trouble is no help with another.
 TOPICS = {
     "bread": (
         ["My bread is too dense", "My bread did not rise", "My bread is flat", "I burned my bread", "My bread is dry"],
@@ -19,17 +20,33 @@ TOPICS = {
         ["Then oil the bike chain.", "Then ride the bike slowly.", "Then take the bike to a shop."],
     ),
     "plant": (
-        ["My plant has yellow leaves", "My plant is dry", "My plant is weak", "My plant is too tall", "I may lose my plant"],
+        [
+            "My plant has yellow leaves",
+            "My plant is dry",
+            "My plant is weak",
+            "My plant is too tall",
+            "I may lose my plant",
+        ],
         ["First move the plant to the light.", "First check the plant for bugs.", "First find the plant a new pot."],
         ["Then water the plant a little.", "Then cut the plant back.", "Then give the plant time."],
     ),
     "sleep": (
         ["I can not sleep", "I sleep badly", "I do not sleep at night", "My sleep is too short", "I talk in my sleep"],
-        ["First make the room dark for sleep.", "First drink milk before you sleep.", "First plan more time for sleep."],
+        [
+            "First make the room dark for sleep.",
+            "First drink milk before you sleep.",
+            "First plan more time for sleep.",
+        ],
         ["Then read until you sleep.", "Then sleep without your phone.", "Then go to sleep early."],
     ),
     "friend": (
-        ["My friend is angry with me", "I hurt my friend", "My friend does not call", "I lied to my friend", "I miss my friend"],
+        [
+            "My friend is angry with me",
+            "I hurt my friend",
+            "My friend does not call",
+            "I lied to my friend",
+            "I miss my friend",
+        ],
         ["First listen to your friend.", "First call your friend today.", "First write to your friend."],
         ["Then tell your friend you are sorry.", "Then meet your friend for tea.", "Then thank your friend."],
     ),
@@ -59,7 +76,7 @@ def flaws(response: str) -> int:
     parts = sentences(response)
     slots = [SLOT_OF[s] for s in parts if s in SLOT_OF]
     unknown = len(parts) - len(slots)
-    repeated = sum(later <= earlier for earlier, later in zip(slots, slots[1:]))
+    repeated = sum(later <= earlier for earlier, later in pairwise(slots))
     return unknown + repeated + (" ".join(parts) != response.strip() or not parts)
 
 
@@ -80,8 +97,8 @@ def topic_of(prompt: str) -> str:
 def gold_reward(prompt: str, response: str) -> float:
     """The true reward, in nats: P(a preferred to b) = sigmoid(gold(a) - gold(b)).
 
-    One point for a kind opener, for a first and a second step that help, and for a kind closer; none for vague words; one
-    off for each rude or off-topic sentence; two off for each flaw.
+    One point for a kind opener, for a first and a second step that help, and for a kind closer; none for vague words;
+    one off for each rude or off-topic sentence; two off for each flaw.
     """
     topic, parts = topic_of(prompt), sentences(response)
     good = {SLOT_OF[s] for s in parts if s in KIND_OPENERS + KIND_CLOSERS or TOPIC_OF.get(s) == topic}

@@ -1,0 +1,209 @@
+"""The command line: a run, its output, resuming, and every kind of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import p3o
+
+SCRIPT = str(Path(p3o.__file__).resolve())
+
+
+def rows_of(out: Path, timings: bool = False) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return rows if timings else [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    kinds = {"sft": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification, "p3o": AutoModelForCausalLM}
+    models = {name: kind.from_pretrained(out / name) for name, kind in kinds.items()}
+    return {f"{name}.{key}": value for name, model in models.items() for key, value in model.state_dict().items()}
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_leaves_models_metrics_and_a_summary(quick, capsys):
+    out = Path(quick[quick.index("--out") + 1])
+    assert p3o.main(quick) == 0
+    shown = capsys.readouterr().out
+    for claim in (
+        "reward loss starts at ln 2",
+        "ratio = 1 before",
+        "KL = 0 before",
+        "reference unchanged",
+        "reward model",
+    ):
+        assert claim in shown
+    assert "FAILED" not in shown
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "summary.json", "sft", "reward", "p3o",
+    }  # fmt: skip
+    weights(out)
+    tokenizer = AutoTokenizer.from_pretrained(out / "p3o")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    summary = json.loads((out / "summary.json").read_text())
+    figures = "win_rate win_rate_ci judge reward_accuracy reward_gold_agreement kl score_sft score_policy gold_sft"
+    assert {*figures.split(), "gold_policy", "finished_fraction", "seconds", "seed", "config"} <= summary.keys()
+    assert set(summary["seconds"]) == {"import", "sft", "reward", "p3o", "eval", "total"}
+    assert summary["judge"] == "score"  # not the shipped data, so there is no gold reward
+    assert summary["gold_policy"] is None
+    assert summary["win_rate_ci"][0] <= summary["win_rate"] <= summary["win_rate_ci"][1]
+    rows = rows_of(out)
+    assert [row["stage"] for row in rows] == sorted((row["stage"] for row in rows), key=["sft", "reward", "p3o"].index)
+    assert {"objective/kl", "objective/scores", "policy/clipfrac", "loss/policy"} <= rows[-1].keys()
+
+    # again: nothing is trained, the figures are the same
+    before, stamps = summary, {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    assert p3o.main(quick) == 0
+    assert capsys.readouterr().out.count("finished before") == 3
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    again = json.loads((out / "summary.json").read_text())
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in before.items() if k != "seconds"}
+
+    # with another configuration: refused, and nothing is touched
+    kept = (out / "summary.json").read_bytes()
+    assert p3o.main([*quick, "--beta", "0.3"]) == 2
+    error = capsys.readouterr().err
+    assert "beta" in error and "--out" in error and error.count("\n") == 1
+    assert (out / "summary.json").read_bytes() == kept
+
+
+def test_two_runs_with_one_seed_are_identical_and_another_seed_is_not(quick, tmp_path):
+    runs = [tmp_path / name for name in ("a", "b", "c")]
+    for out, seed in zip(runs, ("3", "3", "4"), strict=True):
+        assert p3o.main([*quick, "--out", str(out), "--seed", seed]) == 0
+    assert rows_of(runs[0]) == rows_of(runs[1])
+    assert_same_weights(*runs[:2])
+    assert rows_of(runs[0]) != rows_of(runs[2])
+
+
+def test_killed_in_any_stage_the_same_command_ends_in_the_same_weights(quick, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert p3o.main([*quick, "--out", str(whole)]) == 0
+    command = [sys.executable, SCRIPT, *quick, "--out", str(killed)]
+    for stage in ("sft", "reward", "p3o"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            metrics = killed / "metrics.jsonl"
+            if metrics.exists() and f'"stage": "{stage}"' in metrics.read_text():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)  # the other process trains meanwhile
+        process.wait()
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "p')  # a torn line, as a kill within a write leaves it
+    (killed / "p3o.partial").mkdir(exist_ok=True)
+    assert p3o.main([*quick, "--out", str(killed)]) == 0
+    assert_same_weights(whole, killed)
+    assert rows_of(whole) == rows_of(killed)
+    assert not list(killed.glob("*.partial"))
+
+
+def test_interrupting_keeps_what_was_finished(quick, monkeypatch, capsys):
+    out = Path(quick[quick.index("--out") + 1])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(p3o, "train_policy", interrupt)
+    assert p3o.main(quick) == 130
+    assert "continues" in capsys.readouterr().err
+    assert (out / "sft").is_dir() and (out / "reward").is_dir() and not (out / "p3o").exists()
+
+
+def test_a_loss_that_becomes_nan_stops_with_status_1_and_keeps_the_metrics(quick, capsys):
+    out = Path(quick[quick.index("--out") + 1])
+    assert p3o.main([*quick, "--sft-lr", "1e30"]) == 1
+    error = capsys.readouterr().err
+    assert "must be finite" in error.splitlines()[-1]
+    assert rows_of(out)
+    assert not (out / "sft").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--beta", "-0.1"], "--beta must be"),
+        (["--beta", "nan"], "--beta must be"),
+        (["--beta", "x"], "--beta"),
+        (["--clip", "both"], "--clip must be one of joint, separate, none"),
+        (["--pairs", "0"], "--pairs must be"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--nonsense"], "--nonsense"),
+        (["--data", "nowhere/rows.jsonl"], "nowhere/rows.jsonl"),
+        (["--model", "./nowhere"], "./nowhere"),
+    ],
+)
+def test_a_bad_option_gives_one_line_and_status_2_and_writes_nothing(options, message, quick, capsys):
+    out = Path(quick[quick.index("--out") + 1])
+    assert p3o.main([*quick, *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("p3o.py: ") and captured.err.count("\n") == 1
+    assert not (out / "sft").exists()
+
+
+GOOD = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"})
+SAME = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: A"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"{GOOD}\n{{oops\n".encode(), "line 2: invalid JSON"),
+        (f"{GOOD}\n".encode() + b'{"chosen": "\xff"}\n', "line 2: invalid JSON"),
+        (f'{GOOD}\n{{"chosen": "x"}}\n'.encode(), "row 2: no dialogue under 'rejected'"),
+        (b'{"chosen": ["x"], "rejected": ["y"]}\n', "row 1: no dialogue under 'chosen'"),
+        (b"", "rows.jsonl"),
+        (f"{SAME}\n{SAME}\n".encode(), "too few usable rows"),
+    ],
+)
+def test_bad_data_gives_one_line_and_status_2_and_writes_nothing(content, message, quick, tmp_path, capsys):
+    path, out = tmp_path / "rows.jsonl", Path(quick[quick.index("--out") + 1])
+    path.write_bytes(content)
+    assert p3o.main([*quick, "--data", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_directory_that_no_run_made_is_left_alone(quick, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert p3o.main([*quick, "--out", str(tmp_path / "mine")]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_help_fits_one_screen_and_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        p3o.parse_config(["-h"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 40
+    for name in p3o.Config.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in shown
+
+
+def test_the_script_itself_exits_with_the_status(quick):
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *quick, "--beta", "-1"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == "p3o.py: --beta must be a finite number of at least 0, not -1.0\n"
