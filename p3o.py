@@ -110,8 +110,8 @@ class Config:
 
 SMALL: dict[str, Any] = dict(
     small=True, model="tiny", data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32, response_tokens=40,
-    sft_epochs=1, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=50, pairs=64, minibatch=32, inner_epochs=2,
-    lr=1.5e-3,
+    sft_epochs=2, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=80, pairs=64, minibatch=32, inner_epochs=2,
+    lr=2e-3,
 )  # fmt: skip
 
 
@@ -485,7 +485,7 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
     figures |= {"finished_fraction": table["finished_policy"]} | {
         f"{key}_{name}": table[f"{key}_{name}"] for key in keys for name in ("sft", "policy")
     }
-    summary: dict[str, Any] = {"judge": by, "reward_gold_agreement": None, "gold_sft": None, "gold_policy": None}
+    summary: dict[str, Any] = {"judge": by}
     if judge:
         gold = torch.tensor([[judge["gold_reward"](text(x), text(y)) for y in ys] for x, *ys in examples])  # (N, 2)
         figures["reward_gold_agreement"] = (agrees == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]
@@ -493,7 +493,7 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
         values = torch.as_tensor(values).float()
         mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
         summary |= {name: mean, f"{name}_ci": [mean - half, mean + half]}
-    return summary, table
+    return summary | {key: summary.get(key) for key in ("reward_gold_agreement", "gold_sft", "gold_policy")}, table
 
 
 def show(summary: dict[str, Any], table: dict[str, list]) -> None:

@@ -43,7 +43,7 @@ def write_response(prompt: str, rng: random.Random) -> str:
         subject = rng.choices([topic, rng.choice(list(judge.TOPICS)), None], [5, 3, slot == 1])[0]
         parts.append(rng.choice(judge.TOPICS[subject][slot] if subject else judge.VAGUE))
     parts += rng.choice([[rng.choice(judge.KIND_CLOSERS)], [rng.choice(judge.RUDE_CLOSERS)], [], []])
-    return break_response(parts, rng) if rng.random() < 0.12 else " ".join(parts)
+    return break_response(parts, rng) if rng.random() < 0.18 else " ".join(parts)
 
 
 def break_response(parts: list[str], rng: random.Random) -> str:
