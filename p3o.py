@@ -34,6 +34,7 @@ START = time.perf_counter()  # before the imports: they are a tenth of a small r
 
 import argparse
 import json
+import logging
 import math
 import os
 import runpy
@@ -151,8 +152,9 @@ def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     try:
         data_files = {split: str(file) for split, file in files.items()}
         splits = datasets.load_dataset("json", data_files=data_files) if files else datasets.load_dataset(source)
-    except (ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"cannot load {source!r}: {(str(error) or 'no rows').splitlines()[0]}") from None
+    except (ValueError, StopIteration, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error) or "no rows").splitlines()[0]
+        raise UserError(f"cannot load {source!r}: {reason}; --data takes local files, and --small needs none") from None
     train, heldout = (usable_pairs(splits.get(split, []), f"{source}, {split}") for split in ("train", "test"))
     if not heldout:
         heldout = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 == 0]
@@ -548,9 +550,9 @@ def open_out(cfg: Config, pairs: Any) -> Path:
     """Make the output directory, or accept the one that this very configuration made from this very data."""
     out, config = Path(cfg.out), Path(cfg.out) / "config.json"
     mine = asdict(cfg) | {"out": None, "data_crc": zlib.crc32(repr(pairs).encode())}
-    if not config.exists():
-        if out.exists() and (not out.is_dir() or any(file.suffix != ".partial" for file in out.iterdir())):
-            raise UserError(f"{out} exists and is not a run of p3o.py; choose another --out")
+    if out.exists() and not config.exists() and any(file.suffix != ".partial" for file in out.iterdir()):
+        raise UserError(f"{out} exists and is not a run of p3o.py; choose another --out")
+    if not any((out / stage).exists() for stage in ("sft", "reward", "p3o")):  # nothing to lose yet
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(config, json.dumps(mine, indent=2))
     theirs = json.loads(config.read_text())
@@ -630,10 +632,9 @@ def parse_config(argv: list[str]) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 diverged, 2 bad input, 130 interrupted."""
-    transformers.logging.set_verbosity_error()
+    logging.disable(logging.ERROR)  # what matters comes as an exception
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         run(parse_config(sys.argv[1:] if argv is None else argv))
     except (UserError, OSError, FloatingPointError) as error:

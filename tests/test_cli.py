@@ -207,3 +207,9 @@ def test_the_script_itself_exits_with_the_status(quick):
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == "p3o.py: --beta must be a finite number of at least 0, not -1.0\n"
+
+
+def test_a_run_that_finished_no_stage_may_be_restarted_with_other_options(quick, capsys):
+    assert p3o.main([*quick, "--sft-lr", "1e30"]) == 1
+    assert p3o.main(quick) == 0
+    assert "win_rate" in capsys.readouterr().out
