@@ -295,3 +295,47 @@ def test_saved_models_load_and_score_the_same(tiny, tmp_path):
         function = p3o.response_logprobs if model is policy else p3o.reward_scores
         with torch.no_grad():
             assert torch.equal(function(model, ids, mask), function(loaded, ids, mask))
+
+
+def test_every_stage_turns_dropout_off(tiny):
+    policy, reward_model, *_ = tiny
+    cfg = p3o.Config(**p3o.SMALL | dict(sft_epochs=1, reward_epochs=1, iterations=1, pairs=2, minibatch=2, lr=0.0))
+    copy = type(reward_model)(reward_model.config).train()
+    p3o.train_reward(copy, encode(tiny, 2), cfg, lambda *_, **__: None)
+    assert not copy.training
+    trained = type(policy)(policy.config).train()
+    trained.load_state_dict(policy.state_dict())
+    prompts = [example.prompt for example in encode(tiny, 2)]
+    p3o.train_policy(trained, policy, length_score, prompts, cfg, lambda *_, **__: None)
+    assert not trained.training
+
+
+def test_evaluation_by_hand(tiny):
+    """A policy that ends at once against one that rambles: each figure from its own table, or from the pairs."""
+    import judge
+
+    sft, reward_model, tokenizer, _, pairs = tiny
+    policy = type(sft)(sft.config).eval()
+    policy.load_state_dict(sft.state_dict())
+    with torch.no_grad():  # the last hidden state points at EOS
+        policy.transformer.ln_f.bias += 30 * policy.lm_head.weight[tokenizer.eos_token_id]
+    cfg = p3o.Config(**p3o.SMALL | dict(eval_prompts=24, pairs=10, response_tokens=20))
+    torch.manual_seed(0)
+    summary, table = p3o.evaluate(cfg, [sft, reward_model, policy], tokenizer, pairs[:60])
+
+    assert summary["judge"] == "gold"
+    assert summary["finished_fraction"] > 0.9 > 0.5 > sum(table["finished_sft"]) / 24
+    assert summary["kl"] > 1
+    gold = {
+        name: [judge.gold_reward(*row) for row in zip(table["prompt"], table[f"answer_{name}"], strict=True)]
+        for name in ("sft", "policy")
+    }
+    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(gold["policy"], gold["sft"], strict=True)]
+    assert summary["win_rate"] == pytest.approx(sum(wins) / 24)
+    assert summary["win_rate"] != 0.5  # so that the sides cannot be swapped unseen
+    assert summary["gold_policy"] == pytest.approx(sum(gold["policy"]) / 24)
+    with torch.no_grad():
+        scores = p3o.score_pairs(reward_model, p3o.tokenize(pairs[:60], tokenizer, cfg))
+    better = (scores[:, 0] > scores[:, 1]).tolist()
+    assert summary["reward_accuracy"] == pytest.approx(sum(better) / 60)
+    assert 0 < sum(better) < 60 and sum(better) != 30
