@@ -19,13 +19,12 @@ the same probability. PPO's update changes with δ(x), sample by sample; P3O's c
     (1)  h_i = log π(y_i|x) − log π_ref(y_i|x)      ρ_i = π(y_i|x) / π_old(y_i|x)      sg = stop-gradient
     (2)  q = sg[ r_1 − r_2 − β (h_1 − h_2) ]                                           0 for all pairs: the optimum
     (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )                               the pairwise policy gradient
-    (4)  V2, clip="joint":     J = ½ min( q w u, q w clip(u, −ε, ε) )                  u = log(ρ_1/ρ_2)
-                                                                                       w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
+    (4)  V2, clip="joint":     J = ½ min( q w u, q w clip(u, −ε, ε) ),  u = log(ρ_1/ρ_2),  w = sg[clip(ρ_1 ρ_2, 1/c, c)]
     (5)  V1, clip="separate":  J = ½ { min( q sg[ρ̄_2] ρ_1, q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
                                      + min( −q sg[ρ̄_1] ρ_2, −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) },  ρ̄ = clip(ρ, 1/c, c)
 
-Left out on purpose: a value network and GAE (a response is one action, its partner the baseline), reward whitening and
-clipping (they read absolute scores, so δ(x) would be back), a KL loss (q holds it), several GPUs and LoRA (see TRL).
+Left out: a value network and GAE (a response is one action, its partner the baseline), whitening and clipping scores
+(absolute scores would bring δ(x) back), a KL loss (q holds it), several GPUs and LoRA (see TRL).
 """
 
 import time
@@ -136,10 +135,7 @@ def split_dialogues(chosen: str, rejected: str) -> Pair | str:
 
 
 def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs of text: a directory (train.jsonl, heldout.jsonl), a .jsonl file or a hub name.
-
-    Without a held-out split, about every tenth prompt (not row) is held out.
-    """
+    """Training and held-out pairs of text: a directory (train.jsonl, heldout.jsonl), a .jsonl file or a hub name."""
     path, files = Path(source), {}
     if path.exists() or path.suffix or source.startswith((".", "/", "~")):
         files = {"train": path / "train.jsonl", "test": path / "heldout.jsonl"} if path.is_dir() else {"train": path}
@@ -156,7 +152,7 @@ def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
         reason = (str(error) or "no rows").splitlines()[0]
         raise UserError(f"cannot load {source!r}: {reason}; --data takes local files, and --small needs none") from None
     train, heldout = (usable_pairs(splits.get(split, []), f"{source}, {split}") for split in ("train", "test"))
-    if not heldout:
+    if not heldout:  # hold out about every tenth prompt, with all its rows
         heldout = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 == 0]
         train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]
     if not train or not heldout:
@@ -193,7 +189,7 @@ def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Pair]:
 
 
 def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Prompt + response, right-padded: ids (N, T) and response_mask (N, T), which is True from first token to EOS."""
+    """Prompt + response, right-padded: ids (N, T), and response_mask (N, T), True on every response token, EOS too."""
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
     start, end = torch.tensor([[len(p), len(row)] for p, row in zip(prompts, rows, strict=True)]).T[..., None]  # (N, 1)
@@ -241,7 +237,7 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Draw n responses a prompt: ids and response_mask (B, n, T), right-padded like `collate`, up to the first EOS."""
+    """Draw n responses a prompt from π itself, each up to its first EOS: ids and mask (B, n, T), as from `collate`."""
     P, eos, pad = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id
     left = torch.tensor([[P - len(p)] for p in prompts], device=model.device)  # (B, 1): padding before each prompt
     out = model.generate(
@@ -253,9 +249,9 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
     )  # fmt: skip  # (B·n, P + R)
     ended_before = (out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()  # (B·n, R): number of EOS so far
     mask = F.pad(ended_before == 0, (P, 0), value=False)  # (B·n, P + R)
-    columns = torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)  # (B·n, P + R)
-    rolled = columns % out.shape[1]  # moves each row's left padding to its right end
-    return tuple(rows.gather(1, rolled).view(len(prompts), n, -1) for rows in (out, mask))
+    # moves each row's left padding to its right end, (B·n, P + R)
+    order = (torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)) % out.shape[1]
+    return tuple(rows.gather(1, order).view(len(prompts), n, -1) for rows in (out, mask))
 
 
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -299,6 +295,8 @@ def p3o_loss(
     Each argument is (B, 2): log π(y|x) in nats summed over the response, under the current, the sampling and the
     reference policy, and the scores r(x, y). Only `logprobs` gets a gradient. `clip`: "joint" (V2), "separate" (V1) or
     "none", whose gradient is exactly that of E r − β KL(π‖π_ref), by importance sampling, wherever the policy is.
+    Metrics: policy/clipfrac, share of pairs (V1: responses) that the clip stops; means of ½ (log ρ)², policy/approxkl,
+    of ρ, policy/ratio, and of |q|, objective/q.
 
     >>> logprobs = torch.tensor([[-3.0, -4.0]], requires_grad=True)
     >>> same = logprobs.detach()
@@ -368,7 +366,7 @@ def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: L
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
         loss = -response_logprobs(policy, ids, response_mask).sum() / response_mask.sum()
         log(step, **{"sft/loss": loss.item(), "sft/grad_norm": gradient_step(loss, optimizer, schedule)})
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=loss.item())
 
 
 def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
@@ -389,19 +387,18 @@ def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log:
         figures = {"loss": loss.item(), "accuracy": (scores[:, 0] > scores[:, 1]).float().mean().item()}
         figures["grad_norm"] = gradient_step(loss, optimizer, schedule)
         log(step, **{f"reward/{key}": value for key, value in figures.items()})
-        bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{figures['accuracy']:.2f}")
+        bar.set_postfix(loss=figures["loss"], accuracy=figures["accuracy"])
 
 
 def score_pairs(model: PreTrainedModel, rows: list[Pair]) -> Tensor:
     """Scores (B, 2) of chosen and rejected."""
     prompts, responses = zip(*((row.prompt, response) for row in rows for response in row[1:]), strict=True)
-    ids, response_mask = collate(prompts, responses, model)  # (2B, T)
-    return reward_scores(model, ids, response_mask).view(-1, 2)
+    return reward_scores(model, *collate(prompts, responses, model)).view(-1, 2)  # (2B, T) → (B, 2)
 
 
 @torch.no_grad()
 def set_gain(model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list[int]], cfg: Config) -> float:
-    """Scale the score head, once, so that r_1 − r_2 has root mean square 1 on SFT's pairs: β then has a unit."""
+    """Scale the head so that r_1 − r_2 has root mean square 1 on SFT's pairs: β then has a unit. Returns the factor."""
     # NOTE from differences: a gain from absolute scores would depend on δ(x), and so would the update
     ids, response_mask = sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
     gain = 1 / reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()
@@ -413,7 +410,11 @@ def train_policy(
     policy: PreTrainedModel, reference: PreTrainedModel, score: Callable[[Tensor, Tensor], Tensor],
     prompts: list[list[int]], cfg: Config, log: Log, loss_fn: Callable[..., tuple[Tensor, dict]] = p3o_loss,
 ) -> None:  # fmt: skip
-    """Stage 3: sample pairs, score them (B, 2, T) → (B, 2), update on them for a few epochs, throw them away."""
+    """Stage 3: sample a pair for each of cfg.pairs prompts, score it (B, 2, T) → (B, 2), update, throw it away.
+
+    Each iteration logs the means of loss_fn's metrics, loss/policy and policy/grad_norm over its updates, and of
+    objective/scores, /kl (log π_old − log π_ref), /entropy, response/length and /finished (by EOS) over its samples.
+    """
     policy.eval()
     options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
     loader = torch.utils.data.DataLoader(prompts, cfg.pairs, shuffle=True, collate_fn=list)
@@ -436,11 +437,11 @@ def train_policy(
         for _ in range(cfg.inner_epochs):
             for pairs in torch.randperm(len(batch)).split(cfg.minibatch):
                 logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).sum(-1)  # (b, 2)
-                fixed = (old_logprobs[pairs], ref_logprobs[pairs], scores[pairs])  # (b, 2) each
-                loss, metrics = loss_fn(logprobs, *fixed, **options)
+                old, ref = old_logprobs[pairs], ref_logprobs[pairs]  # (b, 2)
+                loss, metrics = loss_fn(logprobs, old, ref, scores[pairs], **options)
                 if iteration == 0 and not updates:
-                    for claim, fixed in (("ratio = 1", old_logprobs[pairs]), ("KL = 0", ref_logprobs[pairs])):
-                        drift = (logprobs - fixed).abs().max().item()
+                    for claim, other in (("ratio = 1", old), ("KL = 0", ref)):
+                        drift = (logprobs - other).abs().max().item()
                         self_check(f"{claim} before the first update (largest |log ratio| {drift:.0e})", drift < 1e-4)
                 norm = gradient_step(loss, optimizer, schedule)
                 updates.append(metrics | {"loss/policy": loss.detach(), "policy/grad_norm": norm})
@@ -453,8 +454,7 @@ def train_policy(
             "response/finished": ((ids == policy.config.eos_token_id) & response_mask).any(-1).float().mean().item(),
         }
         log(iteration, **row)
-        shown = {"score": "objective/scores", "kl": "objective/kl", "clipfrac": "policy/clipfrac"}
-        bar.set_postfix({name: f"{row[key]:.2f}" for name, key in shown.items()})
+        bar.set_postfix(score=row["objective/scores"], kl=row["objective/kl"], clipfrac=row["policy/clipfrac"])
 
 
 # ---- Evaluation on held-out prompts ----------------------------------------------------------------------------------
@@ -592,8 +592,7 @@ def run(cfg: Config) -> None:
         finish_stage(cfg, "p3o", policy, tokenizer)
     start = time.perf_counter()
     torch.manual_seed(zlib.crc32(f"{cfg.seed} eval".encode()))
-    models = [load("sft"), load("reward", num_labels=1), load("p3o")]
-    summary, table = evaluate(cfg, models, tokenizer, heldout_pairs)
+    summary, table = evaluate(cfg, [load("sft"), load("reward", num_labels=1), load("p3o")], tokenizer, heldout_pairs)
     show(summary, table)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     seconds = {"import": IMPORT_SECONDS} | {row["stage"]: row["seconds"] for row in rows}  # each stage's last row
@@ -607,10 +606,9 @@ def run(cfg: Config) -> None:
 def parse_config(argv: list[str]) -> Config:
     """A preset, changed by what the options say. Raises UserError."""
     preset = Config(**SMALL) if "--small" in argv else Config()
-    parser = argparse.ArgumentParser(
-        usage="python p3o.py [--small] [options]", description=__doc__.splitlines()[0], allow_abbrev=False,
-        formatter_class=partial(argparse.HelpFormatter, max_help_position=26, width=112),
-    )  # fmt: skip
+    layout = partial(argparse.HelpFormatter, max_help_position=26, width=112)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=layout, allow_abbrev=False)
+    parser.usage = "python p3o.py [--small] [options]"
 
     def fail(message: str) -> None:
         raise UserError(f"{message}; python p3o.py -h lists the options")

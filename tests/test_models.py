@@ -1,263 +1,447 @@
-"""Sampling, log-probabilities, scores and the stages, on the tiny model."""
+"""Sampling, log-probabilities, scores and the three stages, on a tiny model and on one small enough to enumerate."""
 
+import copy
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 import p3o
 
+collate = pytest.mark.problem_1
+logprobs = pytest.mark.problem_2
+sampling = pytest.mark.problem_3
+scoring = pytest.mark.problem_4
+gain = pytest.mark.problem_7
+policy_stage = pytest.mark.problem_8
 
-def encode(tiny, count: int = 6) -> list:
+EOS, PAD, LONGEST = 3, 4, 3  # of the toy: a vocabulary of five, responses of at most three tokens
+TOY_PROMPTS = [[0], [1, 2, 0]]
+
+
+@pytest.fixture(scope="module")
+def toy() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=5, n_positions=8, n_embd=16, n_layer=1, n_head=2, initializer_range=0.6,
+        bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def every_response() -> list[list[int]]:
+    """All 85 responses of the toy: up to and including the first EOS, or cut after three tokens."""
+    going = [token for token in range(5) if token != EOS]
+    ended = [[*body, EOS] for n in range(LONGEST) for body in itertools.product(going, repeat=n)]
+    return ended + [list(body) for body in itertools.product(going, repeat=LONGEST)]
+
+
+def toy_batch(prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and response_mask, (85, T), of every response to a prompt; by hand, so that it needs nothing but torch."""
+    rows = [prompt + response for response in every_response()]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[len(prompt) <= t < len(row) for t in range(width)] for row in rows])
+    return ids, mask
+
+
+def encode(tiny, count: int = 6) -> list[p3o.Pair]:
     _, _, tokenizer, cfg, pairs = tiny
     return p3o.tokenize(pairs[:count], tokenizer, cfg)
 
 
-def collated(tiny, count: int = 6):
+def batch(tiny, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and response_mask of the first chosen responses, padded by hand."""
     examples = encode(tiny, count)
-    return p3o.collate([e.prompt for e in examples], [e.chosen for e in examples], tiny[0])
+    width = max(len(e.prompt) + len(e.chosen) for e in examples)
+    rows = [e.prompt + e.chosen for e in examples]
+    ids = torch.tensor([row + [tiny[2].pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[len(e.prompt) <= t < len(e.prompt + e.chosen) for t in range(width)] for e in examples])
+    return ids, mask
 
 
-def test_mask_covers_the_response_and_its_eos_and_nothing_else(tiny):
-    ids, mask = collated(tiny)
-    for row, covered, example in zip(ids.tolist(), mask.tolist(), encode(tiny), strict=True):
+# ---- Which tokens are the response -----------------------------------------------------------------------------------
+@collate
+def test_the_mask_covers_the_response_and_its_eos_and_nothing_else(tiny):
+    examples = encode(tiny)
+    ids, mask = p3o.collate([e.prompt for e in examples], [e.chosen for e in examples], tiny[0])
+    for row, covered, example in zip(ids.tolist(), mask.tolist(), examples, strict=True):
         start, end = len(example.prompt), len(example.prompt) + len(example.chosen)
-        assert [i for i, inside in enumerate(covered) if inside] == list(range(start, end))
-        assert row[start:end] == example.chosen
+        assert row[:end] == example.prompt + example.chosen
         assert row[end - 1] == tiny[2].eos_token_id
-        assert set(row[end:]) <= {tiny[2].pad_token_id}
+        assert set(row[end:]) <= {tiny[2].pad_token_id}, "the padding belongs on the right"
+        where = [i for i, inside in enumerate(covered) if inside]
+        assert where == list(range(start, end)), "the mask should run from the first response token to EOS"
 
 
-def test_logprob_is_the_sum_over_response_tokens_read_one_position_earlier(tiny):
-    """By hand, response by response, from the library's own logits."""
+@collate
+def test_the_mask_keeps_eos_where_eos_is_the_padding_too(toy):
+    """A mask from ids != pad would hide the EOS action from the loss: the policy would never learn to stop."""
+    model = copy.deepcopy(toy)
+    model.config.pad_token_id = EOS
+    ids, mask = p3o.collate([[0], [0]], [[1, EOS], [1, 2, EOS]], model)
+    assert ids.tolist() == [[0, 1, EOS, EOS], [0, 1, 2, EOS]]
+    assert mask.tolist() == [[False, True, True, False], [False, True, True, True]]
+
+
+# ---- Log-probabilities -----------------------------------------------------------------------------------------------
+@logprobs
+def test_a_response_tokens_log_prob_is_read_one_position_earlier(tiny):
+    """By hand from the library's own logits, each response alone: logits at t − 1 predict token t."""
     policy = tiny[0]
-    ids, mask = collated(tiny)
+    ids, mask = batch(tiny)
     with torch.no_grad():
-        found = p3o.response_logprobs(policy, ids, mask).sum(-1)
-        for row, (example, value) in enumerate(zip(encode(tiny), found, strict=True)):
-            alone = torch.tensor([example.prompt + example.chosen])
-            logp = policy(alone).logits[0].log_softmax(-1)
+        found = p3o.response_logprobs(policy, ids, mask)
+        assert found.shape == (len(ids), ids.shape[1] - 1)
+        for example, row in zip(encode(tiny), found, strict=True):
+            logp = policy(torch.tensor([example.prompt + example.chosen])).logits[0].log_softmax(-1)
             start = len(example.prompt)
-            by_hand = sum(logp[start + t - 1, token].item() for t, token in enumerate(example.chosen))
-            assert value.item() == pytest.approx(by_hand, abs=1e-4), row
+            for t, token in enumerate(example.chosen, start):
+                assert row[t - 1].item() == pytest.approx(logp[t - 1, token].item(), abs=1e-4)
 
 
-def test_logprobs_and_scores_do_not_depend_on_padding_or_company(tiny):
-    policy, reward_model, tokenizer, _, _ = tiny
-    ids, mask = collated(tiny)
+@logprobs
+def test_the_log_probs_of_constant_logits_are_minus_ln_of_the_vocabulary_per_response_token(toy):
+    """Two prompt lengths, three response lengths: an off-by-one in the mask changes the count of tokens."""
+    model = copy.deepcopy(toy)
+    torch.nn.init.zeros_(model.transformer.ln_f.weight)
+    torch.nn.init.zeros_(model.transformer.ln_f.bias)
+    for prompt in TOY_PROMPTS:
+        ids, mask = toy_batch(prompt)
+        found = p3o.response_logprobs(model, ids, mask).sum(-1)
+        assert torch.allclose(found, -math.log(5) * mask.sum(-1))
+
+
+@logprobs
+@pytest.mark.parametrize("prompt", TOY_PROMPTS, ids=str)
+def test_the_probabilities_of_all_responses_add_up_to_one(toy, prompt):
+    """Only if every action counts, EOS included, and nothing else does."""
+    with torch.no_grad():
+        assert p3o.response_logprobs(toy, *toy_batch(prompt)).sum(-1).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@logprobs
+def test_only_response_tokens_have_a_log_prob_and_eos_is_one_of_them(tiny):
+    ids, mask = batch(tiny, 2)
+    found = p3o.response_logprobs(tiny[0], ids, mask)
+    assert torch.equal(found != 0, mask[:, 1:])
+    last = mask[0].nonzero().max()
+    assert ids[0, last] == tiny[2].eos_token_id
+    assert found[0, last - 1] < -0.01
+
+
+@logprobs
+def test_a_responses_log_prob_is_the_same_alone_and_in_a_padded_batch(tiny):
+    policy, _, tokenizer, _, _ = tiny
+    ids, mask = batch(tiny)
     wide = torch.nn.functional.pad(ids, (0, 5), value=tokenizer.eos_token_id)  # even EOS to the right is not read
     wide_mask = torch.nn.functional.pad(mask, (0, 5), value=False)
     with torch.no_grad():
-        logprobs, scores = p3o.response_logprobs(policy, ids, mask), p3o.reward_scores(reward_model, ids, mask)
-        assert torch.allclose(p3o.response_logprobs(policy, wide, wide_mask).sum(-1), logprobs.sum(-1), atol=1e-4)
-        assert torch.allclose(p3o.reward_scores(reward_model, wide, wide_mask), scores, atol=1e-5)
-        assert torch.allclose(p3o.reward_scores(reward_model, ids[:1], mask[:1]), scores[:1], atol=1e-5)
+        found = p3o.response_logprobs(policy, ids, mask).sum(-1)
+        assert torch.allclose(p3o.response_logprobs(policy, wide, wide_mask).sum(-1), found, atol=1e-4)
+        for i in range(len(ids)):
+            length = mask[i].nonzero().max() + 1
+            alone = p3o.response_logprobs(policy, ids[i : i + 1, :length], mask[i : i + 1, :length]).sum(-1)
+            assert alone.item() == pytest.approx(found[i].item(), abs=1e-4)
 
 
-def test_pairs_are_scored_as_rows(tiny):
+@logprobs
+def test_pairs_have_the_log_probs_of_their_rows(tiny):
     """(B, 2, T) and (2B, T) are the same rows, in the same order."""
-    policy, reward_model, *_ = tiny
-    ids, mask = collated(tiny)
-    paired = ids.view(3, 2, -1), mask.view(3, 2, -1)
+    ids, mask = batch(tiny)
     with torch.no_grad():
-        for function, model in ((p3o.response_logprobs, policy), (p3o.reward_scores, reward_model)):
-            rows, pairs = function(model, ids, mask), function(model, *paired)
-            assert torch.equal(pairs.flatten(0, 1), rows)
+        rows = p3o.response_logprobs(tiny[0], ids, mask)
+        pairs = p3o.response_logprobs(tiny[0], ids.view(3, 2, -1), mask.view(3, 2, -1))
+    assert torch.equal(pairs, rows.view(3, 2, -1))
 
 
-def test_the_logit_of_eos_receives_gradient_and_masked_tokens_none(tiny):
+def with_nan_elsewhere(model: torch.nn.Module, keep: torch.Tensor):
+    """Until removed, the model's hidden states (N, T, D) are NaN wherever `keep` (N, T) is False."""
+
+    def hook(_, __, output):
+        hidden = output.last_hidden_state
+        output.last_hidden_state = torch.where(keep[..., None], hidden, torch.full_like(hidden, math.nan))
+        return output
+
+    return model.base_model.register_forward_hook(hook)
+
+
+@logprobs
+def test_positions_outside_the_response_are_left_out_not_multiplied_by_zero(toy):
+    """NaN · 0 = NaN: with NaN in every slot that predicts no response token, value and gradient stay the same."""
+    ids, mask = toy_batch(TOY_PROMPTS[1])
+    results = []
+    for poisoned in (False, True):
+        model = copy.deepcopy(toy)
+        keep = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
+        handle = with_nan_elsewhere(model, keep | (not poisoned))
+        found = p3o.response_logprobs(model, ids, mask).sum(-1)
+        found.square().sum().backward()
+        handle.remove()
+        results.append([found.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@logprobs
+def test_only_response_positions_meet_the_vocabulary(tiny):
+    """Logits for prompts and padding would be most of the memory: with GPT-2, 200 kB a token."""
     policy = tiny[0]
-    ids, mask = collated(tiny, 2)
-    logprobs = p3o.response_logprobs(policy, ids, mask)
-    assert torch.equal(logprobs != 0, mask[:, 1:])
-    last = mask[0].nonzero().max()
-    assert ids[0, last] == policy.config.eos_token_id
-    assert logprobs[0, last - 1] < -0.01
+    ids, mask = batch(tiny)
+    seen = []
+    handle = policy.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    p3o.response_logprobs(policy, ids, mask)
+    handle.remove()
+    assert seen == [(mask.sum().item(), policy.config.n_embd)]
 
 
-def test_scores_come_from_the_last_token(tiny):
-    reward_model = tiny[1]
-    ids, mask = collated(tiny, 1)
-    last = mask[0].nonzero().max()
-    changed = ids.clone()
-    changed[0, last] = 300
+@logprobs
+def test_log_probs_are_computed_in_float32_even_in_a_bfloat16_model(toy):
+    """bf16 has three digits: a softmax over it would not even add up to one."""
+    model = copy.deepcopy(toy).to(torch.bfloat16)
     with torch.no_grad():
-        assert p3o.reward_scores(reward_model, changed, mask) != p3o.reward_scores(reward_model, ids, mask)
+        found = p3o.response_logprobs(model, *toy_batch([0]))
+        first = model(torch.tensor([[0]])).logits[0, -1].float().log_softmax(-1)
+    assert found.dtype == torch.float32
+    assert found.sum(-1)[0].item() == pytest.approx(first[EOS].item(), abs=1e-6)
 
 
-def test_the_librarys_own_forward_gives_the_same_score(tiny):
-    _, reward_model, *_ = tiny
-    ids, mask = collated(tiny)
+@logprobs
+def test_no_batch_is_changed_in_place(tiny):
+    ids, mask = batch(tiny)
+    before = ids.clone(), mask.clone()
+    p3o.response_logprobs(tiny[0], ids, mask)
+    assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
+
+
+@logprobs
+def test_the_mean_log_ratio_over_the_policy_is_the_kl_to_the_reference(toy):
+    """E_π[h] = KL(π‖π_ref) ≥ 0, summed over all 85 responses, against the chain rule over single tokens."""
+    torch.manual_seed(1)
+    reference = GPT2LMHeadModel(toy.config).eval()
+    prompt = TOY_PROMPTS[1]
+    ids, mask = toy_batch(prompt)
     with torch.no_grad():
-        theirs = reward_model(ids).logits[:, 0]
-        assert torch.allclose(p3o.reward_scores(reward_model, ids, mask), theirs, atol=1e-5)
+        logp, logp_ref = (p3o.response_logprobs(model, ids, mask).sum(-1) for model in (toy, reference))
+        by_token = 0.0
+        going = [token for token in range(5) if token != EOS]
+        for prefix in (list(p) for n in range(LONGEST) for p in itertools.product(going, repeat=n)):
+            a, b = (m(torch.tensor([prompt + prefix])).logits[0].log_softmax(-1) for m in (toy, reference))
+            reach = sum(a[len(prompt) - 1 + t, token] for t, token in enumerate(prefix))
+            by_token += math.exp(reach) * (a[-1].exp() * (a[-1] - b[-1])).sum().item()
+    kl = (logp.exp() * (logp - logp_ref)).sum().item()
+    assert kl == pytest.approx(by_token, rel=1e-4)
+    assert kl > 0.1
 
 
-def test_two_forwards_are_bit_equal_because_dropout_is_off(tiny):
-    policy = tiny[0]
-    assert policy.config.resid_pdrop > 0  # GPT-2's default: eval mode is what turns it off
-    policy.train()
-    p3o.train_sft(
-        policy, encode(tiny, 2), p3o.Config(**p3o.SMALL | {"sft_lr": 0.0, "sft_epochs": 1}), lambda *a, **k: 0
+@pytest.mark.problem_6
+def test_the_expected_update_of_a_language_model_is_the_gradient_of_reward_minus_beta_kl(toy):
+    """All 85² pairs, off-policy, down to the weights of a GPT-2."""
+    torch.manual_seed(2)
+    old_model, reference, model = (GPT2LMHeadModel(toy.config).eval() for _ in range(3))
+    ids, mask = toy_batch(TOY_PROMPTS[1])
+    r, beta = torch.randn(len(ids)), 0.3
+    with torch.no_grad():
+        old, ref = (p3o.response_logprobs(m, ids, mask).sum(-1) for m in (old_model, reference))
+    logp = p3o.response_logprobs(model, ids, mask).sum(-1)
+    exact = torch.autograd.grad(
+        (logp.exp() * (r - beta * (logp - ref))).sum(), list(model.parameters()), retain_graph=True
     )
-    ids, mask = collated(tiny)
-    with torch.no_grad():
-        assert torch.equal(p3o.response_logprobs(policy, ids, mask), p3o.response_logprobs(policy, ids, mask))
+    pairs = [torch.cartesian_prod(x, x) for x in (logp.detach(), old, ref, r)]  # (85², 2) each
+    leaf = pairs[0].requires_grad_()
+    loss, _ = p3o.p3o_loss(leaf, *pairs[1:], beta=beta, clip="none")
+    push = -torch.autograd.grad(loss, leaf)[0] * len(leaf) * pairs[1].sum(1, keepdim=True).exp()  # (85², 2)
+    found = torch.autograd.grad((push * torch.cartesian_prod(logp, logp)).sum(), list(model.parameters()))
+    flat_exact, flat_found = (torch.cat([g.flatten() for g in gradients]) for gradients in (exact, found))
+    assert (flat_exact - flat_found).norm() < 1e-4 * flat_exact.norm()
 
 
-def test_sampling_keeps_prompts_pads_right_and_stops_at_the_first_eos(tiny):
-    policy, _, tokenizer, _, _ = tiny
-    prompts = [example.prompt for example in encode(tiny, 8)]
-    assert len(set(map(len, prompts))) > 1
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+@sampling
+def test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos(toy):
     torch.manual_seed(0)
-    # an EOS that is as likely as everything else together, so that responses end at many lengths
-    weight, eos = policy.lm_head.weight, tokenizer.eos_token_id
-    kept = weight[eos].clone()
-    with torch.no_grad():
-        weight[eos] = weight.mean(0) + 0.5 * policy.transformer.ln_f.bias
-        ids, mask = p3o.sample(policy, prompts * 8, 2, 12)
-        weight[eos] = kept
-    assert ids.shape == mask.shape == (64, 2, ids.shape[-1])
-    for prompt, pair, pair_mask in zip(prompts * 8, ids.tolist(), mask.tolist(), strict=True):
-        for row, covered in zip(pair, pair_mask, strict=True):
-            assert row[: len(prompt)] == prompt
-            start, end = covered.index(True), covered.index(True) + sum(covered)
-            assert start == len(prompt)
-            assert covered[start:end] == [True] * (end - start)
-            assert eos not in row[start : end - 1]
-            assert row[end - 1] == eos or end - start == 12  # nothing forged: it ended, or it was cut
-            assert set(row[end:]) <= {tokenizer.pad_token_id}
+    ids, mask = p3o.sample(toy, TOY_PROMPTS * 50, 2, LONGEST)
+    assert ids.shape == mask.shape == (100, 2, 3 + LONGEST)
+    lengths = set()
+    for prompt, rows, masks in zip(TOY_PROMPTS * 50, ids.tolist(), mask.tolist(), strict=True):
+        for row, covered in zip(rows, masks, strict=True):
+            assert row[: len(prompt)] == prompt, "a response follows the wrong prompt"
+            length = sum(covered)
+            start, end = len(prompt), len(prompt) + length
+            assert covered == [start <= t < end for t in range(len(row))]
+            assert EOS not in row[start : end - 1], "a token after EOS counts as response"
+            assert row[end - 1] == EOS or length == LONGEST, "EOS is not part of the response, or it was cut early"
+            assert set(row[end:]) <= {PAD}
+            lengths.add((length, row[end - 1] == EOS))
+    assert len(lengths) == 4  # lengths 1, 2 and 3 by EOS, and 3 by the limit
 
 
-def test_what_is_sampled_is_what_is_scored(tiny):
-    """Frequencies of the first token over many draws match exp(scored log-prob): temperature 1, no top-k, no top-p."""
+@sampling
+def test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a_longer_prompt(toy):
+    """Left padding that shifts positions, a temperature or a lost EOS would show; 20,000 draws a prompt."""
+    torch.manual_seed(0)
+    draws = 20_000
+    ids, mask = p3o.sample(toy, TOY_PROMPTS, draws, LONGEST)
+    for prompt, rows, covered in zip(TOY_PROMPTS, ids, mask, strict=True):
+        code = {tuple(response): i for i, response in enumerate(every_response())}
+        drawn = [code[tuple(row[m].tolist())] for row, m in zip(rows, covered, strict=True)]
+        counts = torch.bincount(torch.tensor(drawn), minlength=len(code)) / draws
+        with torch.no_grad():
+            probability = p3o.response_logprobs(toy, *toy_batch(prompt)).sum(-1).exp()
+        error = (counts - probability).abs() / (probability * (1 - probability) / draws).sqrt()
+        enough = probability * draws > 5
+        assert enough.sum() > 15
+        assert error[enough].max() < 4.5, f"prompt {prompt}: frequencies are off by that many standard errors"
+
+
+@sampling
+def test_the_whole_vocabulary_is_sampled(tiny):
+    """The library's default keeps the 50 likeliest tokens; what is scored is all of them."""
     policy, _, tokenizer, _, _ = tiny
     prompt = encode(tiny, 1)[0].prompt
     torch.manual_seed(0)
-    draws = 40_000
+    draws = 15_000
     ids, _ = p3o.sample(policy, [prompt] * (draws // 100), 100, 1)
     counts = torch.bincount(ids[..., len(prompt)].flatten(), minlength=len(tokenizer)) / draws
-    every = torch.tensor([[*prompt, token] for token in range(len(tokenizer))])
-    mask = torch.zeros_like(every, dtype=torch.bool)
-    mask[:, -1] = True
     with torch.no_grad():
-        probability = p3o.response_logprobs(policy, every, mask).sum(-1).exp()
-    assert probability.sum().item() == pytest.approx(1, abs=1e-4)
+        probability = policy(torch.tensor([prompt])).logits[0, -1].softmax(-1)
     error = (counts - probability).abs() / (probability * (1 - probability) / draws).sqrt()
+    assert (counts > 0).sum() > 300
     assert error.max() < 5.5  # standard errors, over some seven hundred tokens
-    assert (counts > 0).sum() > 400  # a top-k of 50 would leave 50
 
 
-def test_the_two_samples_of_a_pair_are_independent(tiny):
-    policy, *_ = tiny
+@sampling
+def test_the_two_responses_of_a_pair_are_independent(toy):
+    """Their joint first tokens come as often as the product of the single frequencies."""
     torch.manual_seed(0)
-    ids, _ = p3o.sample(policy, [encode(tiny, 1)[0].prompt] * 500, 2, 1)
-    assert (ids[:, 0] == ids[:, 1]).all(-1).float().mean() < 0.05
+    ids, _ = p3o.sample(toy, [[0]] * 5000, 2, 1)
+    first, second = ids[:, 0, 1], ids[:, 1, 1]
+    joint = torch.bincount(5 * first + second, minlength=25).view(5, 5) / 5000
+    expected = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+    assert ((joint - expected).abs() < 4 * (expected / 5000).sqrt()).all()
 
 
-def run_policy(tiny, score, cfg, seed=0, loss_fn=p3o.p3o_loss):
-    policy, _, _, _, _ = tiny
-    trained = type(policy)(policy.config)
-    trained.load_state_dict(policy.state_dict())
-    rows: list[dict] = []
-    torch.manual_seed(seed)
-    prompts = [example.prompt for example in encode(tiny, 64)]
-    p3o.train_policy(trained, policy, score, prompts, cfg, lambda step, **row: rows.append(row), loss_fn)
-    return trained, rows
+@sampling
+def test_a_data_pair_and_a_sample_with_the_same_text_are_the_same_input(toy, monkeypatch):
+    """What the reward model was trained on is what it scores: same ids, same mask, whatever the padding was."""
+    responses = [[1, EOS], [2, 1, EOS]]
+
+    def generate(ids, attention_mask, **_):
+        assert attention_mask.sum(1).tolist() == [1, 3], "the model should not see the padding"
+        wide = torch.tensor([[*r, *[PAD] * (3 - len(r))] for r in responses])
+        return torch.cat([ids, wide], 1)
+
+    monkeypatch.setattr(toy, "generate", generate)
+    ids, mask = p3o.sample(toy, TOY_PROMPTS, 1, 3)
+    data_ids, data_mask = p3o.collate(TOY_PROMPTS, responses, toy)
+    assert torch.equal(ids[:, 0][mask[:, 0]], data_ids[data_mask])
+    assert torch.equal(ids[:, 0], data_ids) and torch.equal(mask[:, 0], data_mask)
 
 
-def length_score(ids, mask):
-    return mask.sum(-1).float() / 8
-
-
-def test_pairs_stay_together_from_sampling_to_loss(tiny):
-    """A score that encodes the prompt: both members of every pair always carry the same one."""
-    cfg = p3o.Config(**p3o.SMALL | dict(iterations=3, pairs=16, minibatch=5, inner_epochs=2, response_tokens=6))
-    seen = []
-
-    def loss_fn(logprobs, old_logprobs, ref_logprobs, scores, **options):
-        seen.append(scores)
-        return p3o.p3o_loss(logprobs, old_logprobs, ref_logprobs, scores, **options)
-
-    def prompt_score(ids, mask):
-        return (ids * (mask.cumsum(-1) == 0) * torch.arange(1, ids.shape[-1] + 1)).sum(-1).float()
-
-    run_policy(tiny, prompt_score, cfg, loss_fn=loss_fn)
-    scores = torch.cat(seen)
-    assert torch.equal(scores[:, 0], scores[:, 1])
-    assert len(scores.unique()) > 20
-
-
-def test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step(tiny):
-    cfg = p3o.Config(**p3o.SMALL | dict(iterations=2, pairs=16, minibatch=8, inner_epochs=3, lr=0.0, response_tokens=8))
-    drift = []
-
-    def loss_fn(logprobs, old_logprobs, ref_logprobs, scores, **options):
-        drift.append((logprobs - old_logprobs).abs().max().item())
-        return p3o.p3o_loss(logprobs, old_logprobs, ref_logprobs, scores, **options)
-
-    _, rows = run_policy(tiny, length_score, cfg, loss_fn=loss_fn)
-    assert len(drift) == 2 * 3 * 2
-    assert max(drift) < 1e-4
-    assert all(abs(row["objective/kl"]) < 1e-4 for row in rows)
-    assert all(row["policy/clipfrac"] == 0 for row in rows)
-
-
-@pytest.mark.parametrize("clip", ("joint", "separate"))
-def test_a_whole_policy_run_is_invariant_to_an_offset_of_the_reward(tiny, clip):
-    """r and r + δ(x): the same samples, metrics and final weights, bit by bit (δ exact in binary)."""
-    cfg = p3o.Config(**p3o.SMALL | dict(iterations=3, pairs=16, minibatch=8, response_tokens=8, clip=clip))
-    plain, rows = run_policy(tiny, length_score, cfg)
-
-    def offset_score(ids, mask):
-        delta = ids[..., 1].float().remainder(40) - 20  # one number a prompt, exact in binary, far larger than r
-        assert torch.equal(delta[:, 0], delta[:, 1])
-        return length_score(ids, mask) + delta
-
-    offset, shifted_rows = run_policy(tiny, offset_score, cfg)
-    for a, b in zip(plain.parameters(), offset.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(rows, shifted_rows, strict=True):
-        assert {k: v for k, v in a.items() if k != "objective/scores"} == {
-            k: v for k, v in b.items() if k != "objective/scores"
-        }
-
-
-def test_the_policy_learns_what_the_score_asks_for(tiny):
-    """Reward for one token: its share rises, and the reference stays where it was."""
-    cfg = p3o.Config(**p3o.SMALL | dict(iterations=12, pairs=32, minibatch=16, response_tokens=6, lr=3e-3, beta=0.0))
-    reference = {key: value.clone() for key, value in tiny[0].state_dict().items()}
-    _, rows = run_policy(tiny, lambda i, m: ((i % 2 == 0) & m).sum(-1) / m.sum(-1), cfg)
-    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.1
-    assert rows[-1]["objective/kl"] > 0
-    assert all(torch.equal(value, reference[key]) for key, value in tiny[0].state_dict().items())
-
-
-def test_the_gain_makes_score_differences_of_unit_size_whatever_the_offset(tiny):
-    policy, reward_model, _, cfg, _ = tiny
-    model = type(reward_model)(reward_model.config).eval()
-    prompts = [example.prompt for example in encode(tiny, 32)]
+# ---- Scores ----------------------------------------------------------------------------------------------------------
+@scoring
+def test_a_score_is_read_at_the_last_response_token(tiny):
+    """It changes with that token, EOS here, and with nothing to the right of it."""
+    reward_model, tokenizer = tiny[1], tiny[2]
+    ids, mask = batch(tiny)
+    changed, after = ids.clone(), ids.clone()
+    last = (mask * torch.arange(ids.shape[1])).argmax(1)
+    changed[torch.arange(len(ids)), last] = 300
+    after[torch.arange(ids.shape[1]) > last[:, None]] = tokenizer.eos_token_id
     with torch.no_grad():
-        model.score.weight.mul_(30)
-    torch.manual_seed(0)
-    p3o.set_gain(model, policy, prompts, cfg)
-    torch.manual_seed(0)
-    ids, mask = p3o.sample(policy, prompts, 2, cfg.response_tokens)
+        scores = p3o.reward_scores(reward_model, ids, mask)
+        assert scores.shape == (len(ids),)
+        assert (p3o.reward_scores(reward_model, changed, mask) != scores).all(), "the last token, EOS, is not read"
+        assert torch.allclose(p3o.reward_scores(reward_model, after, mask), scores, atol=1e-5)
+
+
+@scoring
+def test_a_score_is_the_same_alone_and_in_a_padded_batch(tiny):
+    reward_model, tokenizer = tiny[1], tiny[2]
+    ids, mask = batch(tiny)
+    wide = torch.nn.functional.pad(ids, (0, 5), value=tokenizer.eos_token_id)
+    wide_mask = torch.nn.functional.pad(mask, (0, 5), value=False)
     with torch.no_grad():
-        gaps = p3o.reward_scores(model, ids, mask).diff()
-    assert gaps.square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+        scores = p3o.reward_scores(reward_model, ids, mask)
+        assert torch.allclose(p3o.reward_scores(reward_model, wide, wide_mask), scores, atol=1e-5)
+        for i in range(len(ids)):
+            length = mask[i].nonzero().max() + 1
+            alone = p3o.reward_scores(reward_model, ids[i : i + 1, :length], mask[i : i + 1, :length])
+            assert alone.item() == pytest.approx(scores[i].item(), abs=1e-5)
 
 
-def test_reward_training_starts_at_ln_2_and_learns(tiny):
-    _, reward_model, _, _, _ = tiny
-    cfg = p3o.Config(**p3o.SMALL | dict(reward_epochs=3, batch=16))
-    model, rows = type(reward_model)(reward_model.config), []
-    torch.manual_seed(0)
-    p3o.train_reward(model, encode(tiny, 256), cfg, lambda step, **row: rows.append(row["reward/loss"]))
-    assert rows[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert sum(rows[-10:]) / 10 < 0.6
+@scoring
+def test_pairs_have_the_scores_of_their_rows(tiny):
+    ids, mask = batch(tiny)
+    with torch.no_grad():
+        rows = p3o.reward_scores(tiny[1], ids, mask)
+        assert torch.equal(p3o.reward_scores(tiny[1], ids.view(3, 2, -1), mask.view(3, 2, -1)), rows.view(3, 2))
+
+
+@scoring
+def test_the_librarys_own_forward_gives_the_same_score(tiny):
+    """So the saved reward model means the same in anyone's hands."""
+    ids, mask = batch(tiny)
+    with torch.no_grad():
+        assert torch.allclose(p3o.reward_scores(tiny[1], ids, mask), tiny[1](ids).logits[:, 0], atol=1e-5)
+
+
+@scoring
+def test_hidden_states_other_than_the_last_tokens_do_not_reach_the_score(tiny):
+    reward_model = tiny[1]
+    ids, mask = batch(tiny)
+    last = (mask * torch.arange(ids.shape[1])).argmax(1, keepdim=True)
+    with torch.no_grad():
+        scores = p3o.reward_scores(reward_model, ids, mask)
+        handle = with_nan_elsewhere(reward_model, torch.arange(ids.shape[1]) == last)
+        poisoned = p3o.reward_scores(reward_model, ids, mask)
+        handle.remove()
+    assert torch.equal(scores, poisoned)
+
+
+@scoring
+def test_score_pairs_has_chosen_first_and_rejected_second(tiny):
+    examples = encode(tiny)
+    with torch.no_grad():
+        found = p3o.score_pairs(tiny[1], examples)
+        for example, (chosen, rejected) in zip(examples, found.tolist(), strict=True):
+            for response, score in ((example.chosen, chosen), (example.rejected, rejected)):
+                alone = tiny[1](torch.tensor([example.prompt + response])).logits.item()
+                assert score == pytest.approx(alone, abs=1e-5)
+
+
+def test_saved_models_load_and_score_the_same(tiny, tmp_path):
+    policy, reward_model, *_ = tiny
+    ids, mask = batch(tiny)
+    for model, kind in ((policy, AutoModelForCausalLM), (reward_model, AutoModelForSequenceClassification)):
+        model.save_pretrained(tmp_path / kind.__name__)
+        loaded = kind.from_pretrained(tmp_path / kind.__name__)
+        function = p3o.response_logprobs if model is policy else p3o.reward_scores
+        with torch.no_grad():
+            assert torch.equal(function(model, ids, mask), function(loaded, ids, mask))
+
+
+# ---- One update ------------------------------------------------------------------------------------------------------
+def plain_sgd(weight: torch.nn.Parameter):
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def test_a_step_clips_the_gradient_to_norm_1_and_reports_its_norm_before():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    norm = p3o.gradient_step((weight * torch.tensor([3.0, 4.0])).sum(), *plain_sgd(weight))
+    assert norm == pytest.approx(5.0), "the norm should be the one before clipping, of this loss's gradient"
+    assert torch.allclose(weight.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_a_step_forgets_the_gradient_of_the_step_before():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer, schedule = plain_sgd(weight)
+    for _ in range(2):
+        p3o.gradient_step((weight * torch.tensor([0.3, 0.4])).sum(), optimizer, schedule)
+    assert torch.allclose(weight.detach(), -2 * torch.tensor([0.3, 0.4]))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update():
@@ -268,6 +452,284 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update():
     assert torch.equal(weight.detach(), torch.ones(2))
 
 
+def test_the_learning_rate_warms_up_over_a_twentieth_then_falls_to_zero():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer, schedule = p3o.make_optimizer([{"params": [weight], "lr": 1.0}], 100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        p3o.gradient_step(weight.sum(), optimizer, schedule)
+    assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[-1] == pytest.approx(1 / 95)
+
+
+# ---- Stages 1 and 2 --------------------------------------------------------------------------------------------------
+def nothing(*_, **__) -> None:
+    pass
+
+
+def small(**options) -> p3o.Config:
+    return p3o.Config(**p3o.SMALL | options)
+
+
+def test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses(tiny, fresh):
+    """Prompts, padding and rejected responses do not count."""
+    examples, rows = encode(tiny, 8), []
+    p3o.train_sft(fresh(tiny[0]), examples, small(batch=8, sft_epochs=1), lambda step, **row: rows.append(row))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            logits = tiny[0](torch.tensor([example.prompt + example.chosen])).logits[0, len(example.prompt) - 1 : -1]
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor(example.chosen), reduction="sum").item()
+            count += len(example.chosen)
+    assert rows[0]["sft/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_sft_makes_the_chosen_responses_likelier(tiny, fresh):
+    policy, examples, rows = fresh(tiny[0]), encode(tiny, 64), []
+    torch.manual_seed(0)
+    p3o.train_sft(policy, examples, small(batch=8, sft_epochs=3), lambda step, **row: rows.append(row["sft/loss"]))
+    assert sum(rows[-4:]) < sum(rows[:4]) / 2
+
+
+def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
+    """It comes to rank its training pairs as labelled, better than chance would."""
+    model, rows, examples = fresh(tiny[1]), [], encode(tiny, 256)
+    torch.manual_seed(0)
+    p3o.train_reward(model, examples, small(reward_epochs=3, batch=16), lambda step, **row: rows.append(row))
+    assert rows[0]["reward/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert sum(row["reward/loss"] for row in rows[-10:]) / 10 < 0.6
+    with torch.no_grad():
+        ranked = -p3o.score_pairs(model, examples).diff()[:, 0] > 0
+    assert ranked.float().mean() > 0.7
+    assert sum(row["reward/accuracy"] for row in rows[-10:]) / 10 > 0.6
+
+
+@pytest.mark.parametrize("stage", ("sft", "reward", pytest.param("policy", marks=policy_stage)))
+def test_every_stage_turns_dropout_off(tiny, fresh, stage):
+    """GPT-2's default dropout is 0.1: two forwards of one policy would differ, and so would ratios from 1."""
+    policy, reward_model, *_ = tiny
+    assert policy.config.resid_pdrop > 0
+    model = fresh(reward_model if stage == "reward" else policy).train()
+    examples, cfg = encode(tiny, 2), small(sft_lr=0.0, reward_lr=0.0, lr=0.0, iterations=1, pairs=2, minibatch=2)
+    if stage == "sft":
+        p3o.train_sft(model, examples, cfg, nothing)
+    elif stage == "reward":
+        p3o.train_reward(model, examples, cfg, nothing)
+    else:
+        p3o.train_policy(model, policy, length_score, [e.prompt for e in examples], cfg, nothing)
+    ids = torch.tensor([examples[0].prompt])
+    with torch.no_grad():
+        first, second = (model.base_model(ids).last_hidden_state for _ in range(2))
+    assert torch.equal(first, second), "dropout is on"
+
+
+@gain
+def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh):
+    policy, reward_model, _, cfg, _ = tiny
+    model = fresh(reward_model)
+    with torch.no_grad():
+        model.score.weight.mul_(30)
+    before = model.score.weight.detach().clone()
+    prompts = [example.prompt for example in encode(tiny, 32)]
+    torch.manual_seed(0)
+    factor = p3o.set_gain(model, policy, prompts, cfg)
+    torch.manual_seed(0)
+    ids, mask = p3o.sample(policy, prompts, 2, cfg.response_tokens)
+    with torch.no_grad():
+        gaps = p3o.reward_scores(model, ids, mask).diff()
+    assert gaps.square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(model.score.weight, before * factor)
+    body = zip(model.base_model.parameters(), reward_model.base_model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in body)
+
+
+@gain
+def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkeypatch):
+    """A gain from absolute scores would, and so would every update after it."""
+    policy, reward_model, _, cfg, _ = tiny
+    prompts, plain = [example.prompt for example in encode(tiny, 32)], p3o.reward_scores
+    factors = []
+    for delta in (0.0, 100.0):
+        monkeypatch.setattr(p3o, "reward_scores", lambda *args, d=delta: plain(*args).double() + d)
+        torch.manual_seed(0)
+        factors.append(p3o.set_gain(fresh(reward_model), policy, prompts, cfg))
+    assert factors[0] == pytest.approx(factors[1], rel=1e-9)
+
+
+# ---- Stage 3 ---------------------------------------------------------------------------------------------------------
+def length_score(ids, mask):
+    return mask.sum(-1).float() / 8
+
+
+def run_policy(policy, reference, score, prompts, cfg, loss_fn=None):
+    """Stage 3 on a copy of `policy`: the copy, its metrics, and what the loss saw at each update, in order."""
+    trained, rows, seen = copy.deepcopy(policy), [], []
+
+    def spy(logprobs, old_logprobs, ref_logprobs, scores, **options):
+        loss, metrics = (loss_fn or p3o.p3o_loss)(logprobs, old_logprobs, ref_logprobs, scores, **options)
+        tensors = dict(logprobs=logprobs, old=old_logprobs, ref=ref_logprobs, scores=scores, loss=loss)
+        seen.append({k: v.detach().clone() for k, v in tensors.items()} | {"options": options} | metrics)
+        return loss, metrics
+
+    torch.manual_seed(0)
+    p3o.train_policy(trained, reference, score, prompts, cfg, lambda step, **row: rows.append(row), spy)
+    return trained, rows, seen
+
+
+@pytest.fixture
+def prompts(tiny):
+    return [example.prompt for example in encode(tiny, 64)]
+
+
+@policy_stage
+def test_pairs_stay_together_from_sampling_to_loss(tiny, prompts):
+    """A score that encodes the prompt: both members of every pair always carry the same one."""
+    cfg = small(iterations=3, pairs=16, minibatch=5, inner_epochs=2, response_tokens=6)
+
+    def prompt_score(ids, mask):
+        return (ids * (mask.cumsum(-1) == 0) * torch.arange(1, ids.shape[-1] + 1)).sum(-1).float()
+
+    *_, seen = run_policy(tiny[0], tiny[0], prompt_score, prompts, cfg)
+    scores = torch.cat([update["scores"] for update in seen])
+    assert torch.equal(scores[:, 0], scores[:, 1]), "a pair was torn apart"
+    assert len(scores.unique()) > 20
+
+
+@policy_stage
+def test_score_and_log_probs_of_a_pair_belong_together(tiny, prompts):
+    """With the reference's own log-prob as score and no learning, three columns of the loss must agree row by row."""
+    policy = tiny[0]
+    cfg = small(iterations=2, pairs=16, minibatch=5, response_tokens=6, lr=0.0)
+
+    def logprob_score(ids, mask):
+        return p3o.response_logprobs(policy, ids, mask).sum(-1)
+
+    *_, seen = run_policy(policy, policy, logprob_score, prompts, cfg)
+    for update in seen:
+        for name in ("old", "ref", "scores"):
+            assert torch.allclose(update["logprobs"], update[name], atol=1e-4), f"{name} belongs to other pairs"
+
+
+@policy_stage
+def test_each_pass_sees_each_pair_once_and_each_iteration_new_pairs(tiny, prompts):
+    cfg = small(iterations=2, pairs=16, minibatch=5, inner_epochs=3, response_tokens=6)
+    *_, seen = run_policy(tiny[0], tiny[0], length_score, prompts, cfg)
+    passes = [torch.cat([u["old"] for u in seen[i : i + 4]]).sum(1).sort().values for i in range(0, len(seen), 4)]
+    assert len(passes) == 2 * 3 and all(len(values) == 16 for values in passes)
+    for iteration in (passes[:3], passes[3:]):
+        assert all(torch.equal(values, iteration[0]) for values in iteration), "π_old changed between inner epochs"
+    assert not torch.equal(passes[0], passes[3]), "the buffer was not thrown away"
+    orders = [torch.cat([u["old"] for u in seen[i : i + 4]]) for i in range(0, 12, 4)]
+    assert not torch.equal(orders[0], orders[1]), "pairs are not shuffled"
+
+
+@policy_stage
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step(tiny, prompts, dtype):
+    """To the last bit, even with weights in bfloat16, because both come from the same code on the same shapes."""
+    policy = copy.deepcopy(tiny[0]).to(dtype)
+    cfg = small(iterations=2, pairs=16, minibatch=8, inner_epochs=3, lr=0.0, response_tokens=8)
+    _, rows, seen = run_policy(policy, policy, length_score, prompts, cfg)
+    assert len(seen) == 2 * 2 * 3
+    for update in seen:
+        assert update["logprobs"].dtype == torch.float32
+        assert torch.equal(update["logprobs"], update["old"]) and torch.equal(update["logprobs"], update["ref"])
+    assert all(abs(row["objective/kl"]) < 1e-4 and row["policy/clipfrac"] == 0 for row in rows)
+
+
+@policy_stage
+def test_the_ratio_is_against_the_sampling_policy_and_moves_during_the_inner_steps(tiny, prompts):
+    cfg = small(iterations=2, pairs=16, minibatch=16, inner_epochs=3, response_tokens=6)
+    *_, seen = run_policy(tiny[0], tiny[0], length_score, prompts, cfg)
+    drift = [(update["logprobs"] - update["old"]).abs().max().item() for update in seen]
+    assert drift[0] < 1e-4 and drift[3] < 1e-4, "at the first inner step the ratio should be 1"
+    assert min(drift[2], drift[4], drift[5]) > 1e-3, "π_old should stay where the pairs were sampled"
+
+
+@policy_stage
+def test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference(tiny, prompts):
+    """objective/kl is the mean of log π_old − log π_ref, of that sign, and entropy that of −log π_old."""
+    policy = tiny[0]
+    cfg = small(iterations=4, pairs=16, minibatch=8, inner_epochs=1, response_tokens=6, lr=2e-2)
+
+    def reference_score(ids, mask):
+        return p3o.response_logprobs(policy, ids, mask).sum(-1)
+
+    _, rows, seen = run_policy(policy, policy, reference_score, prompts, cfg)
+    for i, row in enumerate(rows):
+        old, ref, scores = (torch.cat([u[k] for u in seen[2 * i : 2 * i + 2]]) for k in ("old", "ref", "scores"))
+        assert torch.allclose(ref, scores, atol=1e-4), "ref_logprobs are not the reference's"
+        assert row["objective/kl"] == pytest.approx((old - ref).mean().item(), rel=1e-4, abs=1e-5)
+        assert row["objective/entropy"] == pytest.approx(-old.mean().item(), rel=1e-4)
+        assert row["objective/scores"] == pytest.approx(scores.mean().item(), rel=1e-4)
+        for key in ("policy/clipfrac", "policy/approxkl", "policy/ratio", "objective/q"):
+            mean = sum(float(update[key]) for update in seen[2 * i : 2 * i + 2]) / 2
+            assert row[key] == pytest.approx(mean), f"{key} should be the mean over the iteration's updates"
+        assert row["loss/policy"] == pytest.approx(sum(u["loss"].item() for u in seen[2 * i : 2 * i + 2]) / 2)
+        assert row["policy/grad_norm"] > 0
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["objective/kl"] > 0.1
+
+
+@policy_stage
+def test_response_length_counts_eos_and_finished_counts_those_that_ended_by_it(toy):
+    lengths, ended = [], []
+
+    def score(ids, mask):
+        lengths.append(mask.sum(-1).double().mean().item())
+        ended.append((ids.masked_fill(~mask, PAD) == EOS).any(-1).double().mean().item())
+        return length_score(ids, mask)
+
+    cfg = small(iterations=2, pairs=20, minibatch=20, inner_epochs=1, response_tokens=LONGEST)
+    _, rows, _ = run_policy(toy, toy, score, TOY_PROMPTS * 20, cfg)
+    assert [row["response/length"] for row in rows] == pytest.approx(lengths)
+    assert [row["response/finished"] for row in rows] == pytest.approx(ended)
+    assert 0.05 < rows[0]["response/finished"] < 0.95
+
+
+@policy_stage
+def test_the_loss_gets_the_configurations_options(toy):
+    options = dict(beta=0.7, clip="separate", clip_range=0.11, ratio_bound=3.0)
+    cfg = small(iterations=1, pairs=4, minibatch=4, inner_epochs=1, response_tokens=LONGEST, **options)
+    *_, seen = run_policy(toy, toy, length_score, TOY_PROMPTS * 2, cfg)
+    assert [update["options"] for update in seen] == [options]
+
+
+@policy_stage
+def test_the_policy_learns_what_the_score_asks_for_and_the_reference_stays(tiny, prompts):
+    """A reward for even token ids: their share rises."""
+    cfg = small(iterations=12, pairs=32, minibatch=16, response_tokens=6, lr=3e-3, beta=0.0)
+    reference = {key: value.clone() for key, value in tiny[0].state_dict().items()}
+    _, rows, _ = run_policy(tiny[0], tiny[0], lambda i, m: ((i % 2 == 0) & m).sum(-1) / m.sum(-1), prompts, cfg)
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.1
+    assert rows[-1]["objective/kl"] > 0
+    assert all(torch.equal(value, reference[key]) for key, value in tiny[0].state_dict().items())
+
+
+@policy_stage
+@pytest.mark.parametrize("clip", ("joint", "separate"))
+def test_on_the_toy_p3o_approaches_the_known_optimum(toy, clip):
+    """Sampled pairs, whole loop: KL(π‖π*) to π* ∝ π_ref exp(r/β) falls to a tenth of where it began, or less."""
+    beta, prompt = 0.5, TOY_PROMPTS[0]
+    ids, mask = toy_batch(prompt)
+    cfg = small(
+        iterations=60, pairs=256, minibatch=128, inner_epochs=2, response_tokens=LONGEST, lr=5e-3, beta=beta, clip=clip
+    )
+
+    def score(ids, mask):
+        return ((ids == 2) & mask).sum(-1) - 0.5 * ((ids == 1) & mask).sum(-1)
+
+    trained, *_ = run_policy(toy, toy, score, [prompt] * 256, cfg)
+    with torch.no_grad():
+        start, end = (p3o.response_logprobs(model, ids, mask).sum(-1) for model in (toy, trained))
+    best = (start + score(ids, mask) / beta).log_softmax(0)
+    distance = [(logp.exp() * (logp - best)).sum().item() for logp in (start, end)]
+    assert distance[0] > 0.3
+    assert distance[1] < 0.1 * distance[0], distance
+
+
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(tiny, tmp_path):
     """The path of the real GPT-2: loaded from a directory, its tokenizer has EOS alone."""
     policy, _, tokenizer, _, pairs = tiny
@@ -279,47 +741,23 @@ def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(tiny, t
     cfg = p3o.Config(model=str(tmp_path), prompt_tokens=32, response_tokens=40)
     model, loaded = p3o.load_base(cfg, pairs)
     assert loaded.pad_token_id not in (None, loaded.eos_token_id)
-    assert loaded.pad_token_id < model.get_input_embeddings().num_embeddings
+    assert model.config.pad_token_id == loaded.pad_token_id < model.get_input_embeddings().num_embeddings
     with pytest.raises(p3o.UserError, match="positions"):
         p3o.load_base(p3o.Config(model=str(tmp_path)), pairs)
     with pytest.raises(p3o.UserError, match="cannot load"):
         p3o.load_base(p3o.Config(model=str(tmp_path / "nothing")), pairs)
 
 
-def test_saved_models_load_and_score_the_same(tiny, tmp_path):
-    policy, reward_model, *_ = tiny
-    ids, mask = collated(tiny)
-    for model, kind in ((policy, AutoModelForCausalLM), (reward_model, AutoModelForSequenceClassification)):
-        model.save_pretrained(tmp_path / kind.__name__)
-        loaded = kind.from_pretrained(tmp_path / kind.__name__)
-        function = p3o.response_logprobs if model is policy else p3o.reward_scores
-        with torch.no_grad():
-            assert torch.equal(function(model, ids, mask), function(loaded, ids, mask))
-
-
-def test_every_stage_turns_dropout_off(tiny):
-    policy, reward_model, *_ = tiny
-    cfg = p3o.Config(**p3o.SMALL | dict(sft_epochs=1, reward_epochs=1, iterations=1, pairs=2, minibatch=2, lr=0.0))
-    copy = type(reward_model)(reward_model.config).train()
-    p3o.train_reward(copy, encode(tiny, 2), cfg, lambda *_, **__: None)
-    assert not copy.training
-    trained = type(policy)(policy.config).train()
-    trained.load_state_dict(policy.state_dict())
-    prompts = [example.prompt for example in encode(tiny, 2)]
-    p3o.train_policy(trained, policy, length_score, prompts, cfg, lambda *_, **__: None)
-    assert not trained.training
-
-
-def test_evaluation_by_hand(tiny):
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+def test_evaluation_by_hand(tiny, fresh):
     """A policy that ends at once against one that rambles: each figure from its own table, or from the pairs."""
     import judge
 
     sft, reward_model, tokenizer, _, pairs = tiny
-    policy = type(sft)(sft.config).eval()
-    policy.load_state_dict(sft.state_dict())
+    policy = fresh(sft)
     with torch.no_grad():  # the last hidden state points at EOS
         policy.transformer.ln_f.bias += 30 * policy.lm_head.weight[tokenizer.eos_token_id]
-    cfg = p3o.Config(**p3o.SMALL | dict(eval_prompts=24, pairs=10, response_tokens=20))
+    cfg = small(eval_prompts=24, pairs=10, response_tokens=20)
     torch.manual_seed(0)
     summary, table = p3o.evaluate(cfg, [sft, reward_model, policy], tokenizer, pairs[:60])
 

@@ -1,0 +1,372 @@
+"""A catalogue of bugs that RLHF code really has, each planted in p3o.py by replacing one or two lines.
+
+`old` occurs exactly once in p3o.py; `caught_by` is a test that fails with the bug and whose message leads to it.
+"""
+
+from typing import NamedTuple
+
+
+class Bug(NamedTuple):
+    name: str
+    old: str
+    new: str
+    caught_by: str
+
+
+BACKWARD = "    loss.backward()\n"
+CLIP = (
+    '    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0).item()\n'
+)
+
+BUGS = [
+    # ---- data
+    Bug(
+        "split at the first Assistant turn, not at the last shared one",
+        "cut = shared.rfind(ASSISTANT)",
+        "cut = shared.find(ASSISTANT)",
+        "test_a_row_is_split_after_the_last_assistant_turn_that_both_share",
+    ),
+    Bug(
+        "split each dialogue at its own last turn",
+        "    pair = Pair(chosen[:cut], chosen[cut:], rejected[cut:])",
+        "    cut = chosen.rfind(ASSISTANT) + len(ASSISTANT)\n"
+        "    pair = Pair(chosen[:cut], chosen[cut:], rejected[cut:])",
+        "test_rows_that_cannot_be_used_are_dropped_with_their_reason",
+    ),
+    Bug(
+        "hold out rows, not prompts",
+        "        train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]",
+        "        train = [pair for pair in train if pair not in heldout[::2]]",
+        "test_a_single_file_holds_out_whole_prompts",
+    ),
+    Bug(
+        "prompts cut at the end",
+        "ids[-cfg.prompt_tokens :]",
+        "ids[: cfg.prompt_tokens]",
+        "test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos",
+    ),
+    Bug(
+        "EOS forged after a response that was cut",
+        "[[*ids, tokenizer.eos_token_id][: cfg.response_tokens] for ids in column]",
+        "[[*ids[: cfg.response_tokens - 1], tokenizer.eos_token_id] for ids in column]",
+        "test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos",
+    ),
+    Bug(
+        "no EOS in the training data",
+        "[*ids, tokenizer.eos_token_id][: cfg.response_tokens]",
+        "ids[: cfg.response_tokens]",
+        "test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos",
+    ),
+    # ---- masks
+    Bug(
+        "mask one token short: EOS excluded",
+        "(torch.arange(ids.shape[1]) < end)",
+        "(torch.arange(ids.shape[1]) < end - 1)",
+        "test_the_mask_covers_the_response_and_its_eos_and_nothing_else",
+    ),
+    Bug(
+        "mask begins at the last prompt token",
+        "(torch.arange(ids.shape[1]) >= start)",
+        "(torch.arange(ids.shape[1]) >= start - 1)",
+        "test_the_mask_covers_the_response_and_its_eos_and_nothing_else",
+    ),
+    Bug(
+        "mask from ids, not positions: hides EOS where it is the padding",
+        "& (torch.arange(ids.shape[1]) < end)",
+        "& (ids != model.config.pad_token_id)",
+        "test_the_mask_keeps_eos_where_eos_is_the_padding_too",
+    ),
+    # ---- sampling
+    Bug(
+        "top-k left at the library's default",
+        "top_k=0,",
+        "top_k=50,",
+        "test_the_whole_vocabulary_is_sampled",
+    ),
+    Bug(
+        "sampled at another temperature than scored",
+        "temperature=1.0,",
+        "temperature=0.8,",
+        "test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a_longer_prompt",
+    ),
+    Bug(
+        "padding of short prompts not masked",
+        "(torch.arange(P, device=model.device) >= left).long()",
+        "(torch.arange(P, device=model.device) >= 0 * left).long()",
+        "test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a_longer_prompt",
+    ),
+    Bug(
+        "pairs interleaved wrongly",
+        "view(len(prompts), n, -1) for rows in (out, mask))",
+        "view(n, len(prompts), -1).transpose(0, 1) for rows in (out, mask))",
+        "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
+    ),
+    Bug(
+        "padding of another row removed",
+        "left.repeat_interleave(n, 0)",
+        "left.repeat(n, 1)",
+        "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
+    ),
+    Bug(
+        "sampled EOS left out of the mask",
+        "(out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()",
+        "(out[:, P:] == eos).cumsum(1)",
+        "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
+    ),
+    Bug(
+        "everything after EOS counts as response",
+        "mask = F.pad(ended_before == 0, ",
+        "mask = F.pad(ended_before >= 0, ",
+        "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
+    ),
+    Bug(
+        "one sample, repeated, instead of two",
+        "max_new_tokens=max_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad,\n    )  # fmt: skip",
+        "max_new_tokens=max_tokens, eos_token_id=eos, pad_token_id=pad,\n    ).repeat_interleave(n, 0)  # fmt: skip",
+        "test_the_two_responses_of_a_pair_are_independent",
+    ),
+    # ---- log-probabilities and scores
+    Bug(
+        "log-probs read at the token itself",
+        "hidden = model.base_model(flat).last_hidden_state[:, :-1]",
+        "hidden = model.base_model(flat).last_hidden_state[:, 1:]",
+        "test_a_response_tokens_log_prob_is_read_one_position_earlier",
+    ),
+    Bug(
+        "softmax in the model's precision",
+        "logits = model.get_output_embeddings()(hidden[targets]).float()",
+        "logits = model.get_output_embeddings()(hidden[targets])",
+        "test_log_probs_are_computed_in_float32_even_in_a_bfloat16_model",
+    ),
+    Bug(
+        "masked by multiplication: NaN · 0 is NaN",
+        "return torch.zeros(targets.shape, device=ids.device).masked_scatter(targets, picked)",
+        "every = model.get_output_embeddings()(hidden).float().log_softmax(-1).gather(-1, flat[:, 1:, None])[..., 0]\n"
+        "    return (every * targets)",
+        "test_positions_outside_the_response_are_left_out_not_multiplied_by_zero",
+    ),
+    Bug(
+        "score read one token early",
+        "last = (positions * response_mask.flatten(0, -2)).argmax(-1, keepdim=True)",
+        "last = (positions * response_mask.flatten(0, -2)).argmax(-1, keepdim=True) - 1",
+        "test_a_score_is_read_at_the_last_response_token",
+    ),
+    Bug(
+        "score read at the end of the row, padding or not",
+        "hidden.take_along_dim(last[..., None], 1)",
+        "hidden[:, -1:]",
+        "test_a_score_is_the_same_alone_and_in_a_padded_batch",
+    ),
+    # ---- the losses
+    Bug(
+        "log of the sigmoid instead of logsigmoid",
+        "return -F.logsigmoid(chosen_scores - rejected_scores).mean()",
+        "return -torch.log(torch.sigmoid(chosen_scores - rejected_scores)).mean()",
+        "test_bradley_terry_loss_and_gradient_are_finite_at_any_margin",
+    ),
+    Bug(
+        "chosen and rejected swapped",
+        "F.logsigmoid(chosen_scores - rejected_scores)",
+        "F.logsigmoid(rejected_scores - chosen_scores)",
+        "test_bradley_terry_loss_is_the_mean_of_minus_log_sigmoid_of_chosen_minus_rejected",
+    ),
+    Bug(
+        "detach missing on q",
+        "h = (logprobs - ref_logprobs).detach()",
+        "h = logprobs - ref_logprobs.detach()",
+        "test_at_the_sampling_policy_every_variant_is_half_q_times_G",
+    ),
+    Bug(
+        "KL from the rollout policy",
+        "h = (logprobs - ref_logprobs).detach()",
+        "h = (old_logprobs - ref_logprobs).detach()",
+        "test_unclipped_the_expected_update_is_the_gradient_of_reward_minus_beta_kl_at_every_policy",
+    ),
+    Bug(
+        "KL of the wrong sign",
+        ".detach() - beta * (h[:, 0] - h[:, 1])",
+        ".detach() + beta * (h[:, 0] - h[:, 1])",
+        "test_no_pair_is_pushed_exactly_at_the_known_optimum",
+    ),
+    Bug(
+        "½ lost",
+        "objective = 0.5 * torch.minimum(free, held).sum(-1)",
+        "objective = torch.minimum(free, held).sum(-1)",
+        "test_rloo_with_two_samples_is_p3o_at_the_first_inner_step",
+    ),
+    Bug(
+        "max for min",
+        "0.5 * torch.minimum(free, held).sum(-1)",
+        "0.5 * torch.maximum(free, held).sum(-1)",
+        "test_the_gradient_is_zero_exactly_where_the_clip_stops_it",
+    ),
+    Bug(
+        "min and max swapped on the negative side only",
+        "0.5 * torch.minimum(free, held).sum(-1)",
+        "0.5 * torch.where(q[:, None] > 0, torch.minimum(free, held), torch.maximum(free, held)).sum(-1)",
+        "test_the_gradient_is_zero_exactly_where_the_clip_stops_it",
+    ),
+    Bug(
+        "V1: ratio clipped but not its partner's weight",
+        "ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)",
+        "ratio.detach().flip(-1)",
+        "test_v1_bounds_the_partners_weight_by_c_and_gives_it_no_gradient",
+    ),
+    Bug(
+        "V1: own ratio as weight, not the partner's",
+        "ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)",
+        "ratio.detach().clamp(1 / ratio_bound, ratio_bound)",
+        "test_unclipped_both_variants_are_the_pairwise_policy_gradient_of_each_sample_at_every_policy",
+    ),
+    Bug(
+        "V1: the partner's weight carries a gradient",
+        "ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)",
+        "ratio.clamp(1 / ratio_bound, ratio_bound).flip(-1)",
+        "test_at_the_sampling_policy_every_variant_is_half_q_times_G",
+    ),
+    Bug(
+        "V1: only the upper side clipped",
+        "ratio.clamp(1 - clip_range, 1 + clip_range)",
+        "ratio.clamp(max=1 + clip_range)",
+        "test_the_gradient_is_zero_exactly_where_the_clip_stops_it",
+    ),
+    Bug(
+        "V2: the weight carries a gradient",
+        "weight, limit = log_ratio.sum(-1).exp().detach(), math.inf",
+        "weight, limit = log_ratio.sum(-1).exp(), math.inf",
+        "test_unclipped_both_variants_are_the_pairwise_policy_gradient_of_each_sample_at_every_policy",
+    ),
+    Bug(
+        "V2: the weight has no bound",
+        "weight, limit = weight.clamp(1 / ratio_bound, ratio_bound), clip_range",
+        "limit = clip_range",
+        "test_a_drift_of_both_responses_is_not_clipped_by_v2_only_bounded_by_c",
+    ),
+    Bug(
+        "no importance weight",
+        "log_ratio.sum(-1).exp().detach(), math.inf",
+        "torch.ones_like(u), math.inf",
+        "test_the_pairwise_policy_gradient_is_the_policy_gradient_on_and_off_policy",
+    ),
+    Bug(
+        "ratio against the current policy: always 1",
+        "log_ratio = logprobs - old_logprobs.detach()",
+        "log_ratio = logprobs - logprobs.detach()",
+        "test_the_loss_is_minus_the_mean_objective_of_the_equations",
+    ),
+    Bug(
+        "scores whitened",
+        "    q = (scores[:, 0] - scores[:, 1]).detach() - beta",
+        "    scores = (scores - scores.mean()) / scores.std()\n    q = (scores[:, 0] - scores[:, 1]).detach() - beta",
+        "test_p3o_gives_equivalent_rewards_the_same_update_sample_by_sample",
+    ),
+    Bug(
+        "scores clipped to ±10",
+        "q = (scores[:, 0] - scores[:, 1]).detach() - beta",
+        "q = (scores[:, 0].clamp(-10, 10) - scores[:, 1].clamp(-10, 10)).detach() - beta",
+        "test_p3o_gives_equivalent_rewards_the_same_update_sample_by_sample",
+    ),
+    Bug(
+        "sum over pairs for mean",
+        "return -objective.mean(), metrics",
+        "return -objective.sum(), metrics",
+        "test_equal_micro_batches_average_to_the_full_batchs_gradient",
+    ),
+    # ---- the stages
+    Bug(
+        "gradient clipped before backward",
+        BACKWARD + CLIP,
+        CLIP + BACKWARD,
+        "test_a_step_clips_the_gradient_to_norm_1_and_reports_its_norm_before",
+    ),
+    Bug(
+        "gradients pile up",
+        "    optimizer.zero_grad()\n",
+        "",
+        "test_a_step_forgets_the_gradient_of_the_step_before",
+    ),
+    Bug(
+        "SFT on the rejected responses",
+        "prompts, chosen, _ = zip(*rows, strict=True)",
+        "prompts, _, chosen = zip(*rows, strict=True)",
+        "test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses",
+    ),
+    Bug(
+        "SFT loss averaged over padding",
+        "loss = -response_logprobs(policy, ids, response_mask).sum() / response_mask.sum()",
+        "loss = -response_logprobs(policy, ids, response_mask).mean()",
+        "test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses",
+    ),
+    Bug(
+        "dropout on while the policy trains",
+        "    policy.eval()\n    options = ",
+        "    policy.train()\n    options = ",
+        "test_every_stage_turns_dropout_off",
+    ),
+    Bug(
+        "dropout on while the reward model trains",
+        "    model.eval()\n    torch.nn.init.zeros_",
+        "    model.train()\n    torch.nn.init.zeros_",
+        "test_every_stage_turns_dropout_off",
+    ),
+    Bug(
+        "a reward head that starts anywhere",
+        "torch.nn.init.zeros_(model.score.weight)",
+        "torch.nn.init.normal_(model.score.weight)",
+        "test_reward_training_starts_at_ln_2_and_learns_to_rank",
+    ),
+    Bug(
+        "gain from absolute scores",
+        "reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()",
+        "reward_scores(model, ids, response_mask).std().item()",
+        "test_the_gain_does_not_depend_on_an_offset_of_the_reward",
+    ),
+    Bug(
+        "KL to the sampling policy, not to the reference",
+        "for model in (policy, reference)",
+        "for model in (policy, policy)",
+        "test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference",
+    ),
+    Bug(
+        "the reference is the policy: it learns",
+        'policy, reference, reward_model = load("sft"), load("sft"), load("reward", num_labels=1)',
+        'policy, reward_model = load("sft"), load("reward", num_labels=1)\n        reference = policy',
+        "test_a_run_leaves_models_metrics_and_a_summary",
+    ),
+    Bug(
+        "mean over tokens on one side of the ratio",
+        "logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).sum(-1)",
+        "logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).mean(-1)",
+        "test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step",
+    ),
+    Bug(
+        "shuffled log-probs with unshuffled scores",
+        "loss_fn(logprobs, old, ref, scores[pairs], **options)",
+        "loss_fn(logprobs, old, ref, scores[: len(pairs)], **options)",
+        "test_score_and_log_probs_of_a_pair_belong_together",
+    ),
+    Bug(
+        "pairs torn by shuffling rows",
+        "loss_fn(logprobs, old, ref, scores[pairs], **options)",
+        "loss_fn(logprobs, old, ref, scores[pairs].flatten()[torch.randperm(2 * len(pairs))].view(-1, 2), **options)",
+        "test_pairs_stay_together_from_sampling_to_loss",
+    ),
+    Bug(
+        "reported KL of the wrong sign",
+        '"objective/kl": (old_logprobs - ref_logprobs).mean().item()',
+        '"objective/kl": (ref_logprobs - old_logprobs).mean().item()',
+        "test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference",
+    ),
+    Bug(
+        "stages draw from whatever the generator holds",
+        '    torch.manual_seed(zlib.crc32(f"{cfg.seed} {name}".encode()))\n',
+        "",
+        "test_two_runs_with_one_seed_are_identical_and_another_seed_is_not",
+    ),
+    Bug(
+        "a tie counts as a win",
+        '"win_rate": (better.sign() + 1) / 2,',
+        '"win_rate": better >= 0,',
+        "test_evaluation_by_hand",
+    ),
+]
