@@ -50,7 +50,7 @@ def plant(source: str, bug: Bug) -> str:
 
 
 def outcomes(source: str, *options: str) -> dict[str, set[str]]:
-    """Run the tests against a source: the names of those that "passed" and "failed". Raises if none could run."""
+    """Run the tests against a source: the names of those that "passed" and "failed"."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "data").symlink_to(SOURCE.parent / "data")
         file = Path(folder) / "p3o.py"
@@ -59,8 +59,8 @@ def outcomes(source: str, *options: str) -> dict[str, set[str]]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run([*command, *options, TESTS], capture_output=True, text=True, env=environment)
     found = re.findall(r"^(PASSED|FAILED|ERROR) \S+::(\w+)", result.stdout, re.MULTILINE)
-    if result.returncode not in (0, 1) or not found:
-        raise RuntimeError(f"the tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    if not found:
+        sys.exit(f"the tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     failed = {name for outcome, name in found if outcome != "PASSED"}
     return {"failed": failed, "passed": {name for _, name in found} - failed}
 
@@ -76,15 +76,9 @@ def plant_all(named: bool) -> int:
         for number, (bug, failed) in enumerate(zip(BUGS, pool.map(try_one, BUGS), strict=True), 1):
             caught = bug.caught_by in failed
             missed += not caught
-            others = (
-                ""
-                if named
-                else f"; {len(failed - {bug.caught_by})} others"
-                + "".join(f"\n       {name}" for name in sorted(failed - {bug.caught_by}))
-            )
-            print(
-                f"{number:3} {'caught' if caught else 'MISSED'}  {bug.name}\n       {bug.caught_by}{others}", flush=True
-            )
+            print(f"{number:3} {'caught' if caught else 'MISSED'}  {bug.name}\n      by {bug.caught_by}", flush=True)
+            for test in sorted(failed - {bug.caught_by}):
+                print(f"         {test}")
     print(f"{len(BUGS) - missed} of {len(BUGS)} bugs caught by the test that names them")
     return missed
 

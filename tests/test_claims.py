@@ -424,7 +424,8 @@ def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_w
         return 0.5 * min(q * ratio.prod().item() * u, q * ratio.prod().item() * held)
 
     difference = (objective(1e-6) - objective(-1e-6)) / 2e-6
-    assert pushes(*case, clip=clip)[0, 0].item() == pytest.approx(difference, rel=1e-7, abs=1e-9)
+    found = pushes(*case, clip=clip)[0, 0].item()
+    assert found == pytest.approx(difference, rel=1e-7, abs=1e-9), "is the gradient of q and of the weights stopped?"
 
 
 @p3o_loss

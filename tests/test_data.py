@@ -143,6 +143,18 @@ def test_dropped_rows_are_counted(tmp_path, capsys):
     assert "3 of 43 rows dropped: equal responses" in capsys.readouterr().out
 
 
+def test_a_single_file_holds_out_whole_prompts(tmp_path):
+    """Answers to one prompt look alike: with some in training, the held-out ones would look easy."""
+    rows = [
+        {"chosen": dialogue(f"Hi {i // 3}", f"A {i}"), "rejected": dialogue(f"Hi {i // 3}", "B")} for i in range(600)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, heldout = p3o.load_pairs(str(tmp_path / "rows.jsonl"))
+    assert len(train) + len(heldout) == len({*train, *heldout}) == 600
+    assert 30 <= len(heldout) <= 90
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
+
+
 def test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos(tiny):
     _, _, tokenizer, _, pairs = tiny
     eos = tokenizer.eos_token_id

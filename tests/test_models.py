@@ -546,12 +546,12 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh):
 
 @gain
 def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkeypatch):
-    """A gain from absolute scores would, and so would every update after it."""
+    """A gain from absolute scores would: their spread holds that of δ(x), and so would every update after it."""
     policy, reward_model, _, cfg, _ = tiny
     prompts, plain = [example.prompt for example in encode(tiny, 32)], p3o.reward_scores
-    factors = []
-    for delta in (0.0, 100.0):
-        monkeypatch.setattr(p3o, "reward_scores", lambda *args, d=delta: plain(*args).double() + d)
+    factors, delta = [], 10 * torch.arange(len(prompts), dtype=torch.float64)[:, None]  # (B, 1): one number a prompt
+    for size in (0, 1):
+        monkeypatch.setattr(p3o, "reward_scores", lambda *args, s=size: plain(*args).double() + s * delta)
         torch.manual_seed(0)
         factors.append(p3o.set_gain(fresh(reward_model), policy, prompts, cfg))
     assert factors[0] == pytest.approx(factors[1], rel=1e-9)
