@@ -59,7 +59,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 IMPORT_SECONDS = time.perf_counter() - START
-SHIPPED_DATA = Path(__file__).resolve().parent / "data"
+SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
 Log = Callable[..., None]  # log(step, **metrics) writes one line of metrics.jsonl
 
@@ -83,7 +83,9 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     clip: str = option("joint", "joint (V2), separate (V1) or none", choices=("joint", "separate", "none"))
     beta: float = option(0.05, "price of KL to the SFT model, in reward per nat", least=0)
-    clip_range: float = option(0.2, "ε: how far a log-ratio may move in one iteration", least=0)
+    clip_range: float = option(
+        0.2, "ε: half-width of the clip, on log(ρ_1/ρ_2) if joint, on each ρ if separate", least=0
+    )
     ratio_bound: float = option(10.0, "c: importance weights are kept in [1/c, c]", least=1)
     prompt_tokens: int = option(384, "longer prompts lose their beginning", least=1)
     response_tokens: int = option(128, "longest response", least=1)
@@ -136,8 +138,8 @@ def split_dialogues(chosen: str, rejected: str) -> Pair | str:
 
 def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out pairs of text: a directory (train.jsonl, heldout.jsonl), a .jsonl file or a hub name."""
-    path, files = Path(source), {}
-    if path.exists() or path.suffix or source.startswith((".", "/", "~")):
+    path, files = Path(source).expanduser(), {}
+    if path.exists() or path.suffix or source.startswith((".", "/")):
         files = {"train": path / "train.jsonl", "test": path / "heldout.jsonl"} if path.is_dir() else {"train": path}
     for file in files.values():  # the library would say that a line is bad, but not which
         for number, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -155,26 +157,22 @@ def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     if not heldout:  # hold out about every tenth prompt, with all its rows
         heldout = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 == 0]
         train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]
-    if not train or not heldout:
+    if not train or len(heldout) < 2:  # one figure has no interval
         raise UserError(f"{source}: too few usable rows to train on some and hold out others")
     return train, heldout
 
 
 def usable_pairs(rows: Any, where: str) -> list[Pair]:
     """Split every row; drop, count and report those that cannot be used."""
-    pairs, dropped = [], Counter()
+    results: list[Pair | str] = []
     for number, row in enumerate(rows, 1):
         for key in ("chosen", "rejected"):
             if not isinstance(row.get(key), str):
                 raise UserError(f"{where} row {number}: no dialogue under {key!r}; each row needs chosen and rejected")
-        pair = split_dialogues(row["chosen"], row["rejected"])
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        else:
-            dropped[pair] += 1
-    for reason, count in dropped.items():
+        results.append(split_dialogues(row["chosen"], row["rejected"]))
+    for reason, count in Counter(result for result in results if isinstance(result, str)).items():
         print(f"{where}: {count} of {len(rows)} rows dropped: {reason}")
-    return pairs
+    return [result for result in results if isinstance(result, Pair)]
 
 
 def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Pair]:
@@ -231,7 +229,8 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
         # NOTE with pad = EOS the library's classifier takes EOS for padding and reads the score one token early
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)  # no penalties of its own
     return model, tokenizer
 
 
@@ -247,7 +246,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=max_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip  # (B·n, P + R)
-    ended_before = (out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()  # (B·n, R): number of EOS so far
+    ended_before = (out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()  # (B·n, R): EOS tokens before this one
     mask = F.pad(ended_before == 0, (P, 0), value=False)  # (B·n, P + R)
     # moves each row's left padding to its right end, (B·n, P + R)
     order = (torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)) % out.shape[1]
@@ -401,9 +400,11 @@ def set_gain(model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list
     """Scale the head so that r_1 − r_2 has root mean square 1 on SFT's pairs: β then has a unit. Returns the factor."""
     # NOTE from differences: a gain from absolute scores would depend on δ(x), and so would the update
     ids, response_mask = sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
-    gain = 1 / reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()
-    model.score.weight.mul_(gain)
-    return gain
+    size = reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()
+    if not 0 < size < math.inf:
+        raise FloatingPointError(f"score differences of size {size}: the reward model learnt nothing; see --reward-lr")
+    model.score.weight.div_(size)
+    return 1 / size
 
 
 def train_policy(
@@ -515,9 +516,9 @@ def show(summary: dict[str, Any], table: dict[str, list]) -> None:
 # ---- The run: one directory, one folder a finished stage -------------------------------------------------------------
 def start_stage(cfg: Config, name: str) -> Log | None:
     """Seed a stage and return its `log`, or None if it was finished; it depends on seed, options and stages before."""
+    metrics, start = Path(cfg.out) / "metrics.jsonl", time.perf_counter()
     if (Path(cfg.out) / name).exists():
         return print(f"{name}: finished before")
-    metrics, start = Path(cfg.out) / "metrics.jsonl", time.perf_counter()
     lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
     kept = tuple(f'{{"stage": "{done.name}"' for done in Path(cfg.out).iterdir())
     write_atomically(metrics, "".join(line for line in lines if line.startswith(kept)))  # forget a killed stage's
@@ -526,7 +527,7 @@ def start_stage(cfg: Config, name: str) -> Log | None:
     def log(step: int, **values: float) -> None:
         row = {"stage": name, "step": step} | values | {"seconds": round(time.perf_counter() - start, 3)}
         with metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), file=file)
 
     return log
 

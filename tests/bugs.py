@@ -35,8 +35,8 @@ BUGS = [
     ),
     Bug(
         "hold out rows, not prompts",
-        "        train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]",
-        "        train = [pair for pair in train if pair not in heldout[::2]]",
+        "train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]",
+        "heldout, train = heldout[::2], [pair for pair in train if pair not in heldout[::2]]",
         "test_a_single_file_holds_out_whole_prompts",
     ),
     Bug(
@@ -317,8 +317,8 @@ BUGS = [
     ),
     Bug(
         "gain from absolute scores",
-        "reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()",
-        "reward_scores(model, ids, response_mask).std().item()",
+        "size = reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()",
+        "size = reward_scores(model, ids, response_mask).std().item()",
         "test_the_gain_does_not_depend_on_an_offset_of_the_reward",
     ),
     Bug(
@@ -358,10 +358,34 @@ BUGS = [
         "test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference",
     ),
     Bug(
+        "reward head neither clipped nor counted in the norm",
+        '[p for g in optimizer.param_groups for p in g["params"]]',
+        'optimizer.param_groups[0]["params"]',
+        "test_a_step_clips_the_norm_over_all_parameter_groups",
+    ),
+    Bug(
+        "schedule of one pass, training of several",
+        "optimizer, schedule = make_optimizer(groups, steps)",
+        "optimizer, schedule = make_optimizer(groups, len(loader))",
+        "test_every_stages_learning_rate_falls_to_zero_at_its_last_update_and_not_before",
+    ),
+    Bug(
+        "weight decay pulls the policy away from the reference",
+        '{"params": policy.parameters(), "lr": cfg.lr, "weight_decay": 0.0}',
+        '{"params": policy.parameters(), "lr": cfg.lr}',
+        "test_a_loss_without_gradient_leaves_the_policy_where_it_is",
+    ),
+    Bug(
         "stages draw from whatever the generator holds",
         '    torch.manual_seed(zlib.crc32(f"{cfg.seed} {name}".encode()))\n',
         "",
         "test_two_runs_with_one_seed_are_identical_and_another_seed_is_not",
+    ),
+    Bug(
+        "pairs of equal gold reward count as disagreement",
+        "(agrees == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]",
+        "agrees == (gold[:, 0] > gold[:, 1])",
+        "test_evaluation_by_hand",
     ),
     Bug(
         "a tie counts as a win",

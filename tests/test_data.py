@@ -125,7 +125,9 @@ def test_a_row_is_split_after_the_last_assistant_turn_that_both_share():
         ("no shared prompt", dialogue("Hi", "A"), dialogue("Ho", "A")),
         ("no shared prompt", "A", "B"),
         ("a new human turn in a response", dialogue("Hi", "A", "more", "B"), dialogue("Hi", "C")),
+        ("a new human turn in a response", dialogue("Hi", "C"), dialogue("Hi", "A", "more", "B")),
         ("empty response", dialogue("Hi", "A"), dialogue("Hi", " ")),
+        ("empty response", dialogue("Hi", " "), dialogue("Hi", "A")),
         ("equal responses", dialogue("Hi", "A"), dialogue("Hi", "A")),
     ],
 )

@@ -436,6 +436,15 @@ def test_a_step_clips_the_gradient_to_norm_1_and_reports_its_norm_before():
     assert torch.allclose(weight.detach(), torch.tensor([-0.6, -0.8]))
 
 
+def test_a_step_clips_the_norm_over_all_parameter_groups():
+    """The reward model has two, its body and its head: clipped apart, they would leave the gradient's direction."""
+    body, head = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [body]}, {"params": [head]}], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    assert p3o.gradient_step((3 * body + 4 * head).sum(), optimizer, schedule) == pytest.approx(5.0)
+    assert (body.item(), head.item()) == pytest.approx((-0.6, -0.8))
+
+
 def test_a_step_forgets_the_gradient_of_the_step_before():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer, schedule = plain_sgd(weight)
@@ -506,6 +515,31 @@ def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
 
 
 @pytest.mark.parametrize("stage", ("sft", "reward", pytest.param("policy", marks=policy_stage)))
+def test_every_stages_learning_rate_falls_to_zero_at_its_last_update_and_not_before(tiny, fresh, monkeypatch, stage):
+    """The schedule counts updates: rows over batch size, times passes; pairs over minibatch, times passes, times
+    iterations."""
+    policy, reward_model, *_ = tiny
+    examples, made, plain = encode(tiny, 22), [], p3o.make_optimizer
+
+    def watched(*args):
+        made.append(plain(*args))
+        return made[-1]
+
+    monkeypatch.setattr(p3o, "make_optimizer", watched)
+    cfg = small(batch=8, sft_epochs=2, reward_epochs=2, iterations=3, pairs=11, minibatch=4, response_tokens=4)
+    if stage == "policy":
+        p3o.train_policy(fresh(policy), policy, length_score, [e.prompt for e in examples], cfg, nothing)
+    else:
+        train = {"sft": p3o.train_sft, "reward": p3o.train_reward}[stage]
+        train(fresh(policy if stage == "sft" else reward_model), examples, cfg, nothing)
+    ((_, schedule),) = made
+    assert schedule.last_epoch == (18 if stage == "policy" else 6), "the number of updates"
+    assert schedule.get_last_lr()[0] == 0, "the schedule is longer than the training"
+    before = schedule.lr_lambdas[0](schedule.last_epoch - 1)
+    assert before > 0, "the schedule is shorter than the training"
+
+
+@pytest.mark.parametrize("stage", ("sft", "reward", pytest.param("policy", marks=policy_stage)))
 def test_every_stage_turns_dropout_off(tiny, fresh, stage):
     """GPT-2's default dropout is 0.1: two forwards of one policy would differ, and so would ratios from 1."""
     policy, reward_model, *_ = tiny
@@ -542,6 +576,14 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh):
     assert torch.allclose(model.score.weight, before * factor)
     body = zip(model.base_model.parameters(), reward_model.base_model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in body)
+
+
+@gain
+def test_a_reward_model_that_scores_all_alike_has_no_gain(tiny, fresh):
+    model = fresh(tiny[1])
+    torch.nn.init.zeros_(model.score.weight)
+    with pytest.raises(FloatingPointError, match="learnt nothing"):
+        p3o.set_gain(model, tiny[0], [[1], [2]], tiny[3])
 
 
 @gain
@@ -660,9 +702,10 @@ def test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference
     for i, row in enumerate(rows):
         old, ref, scores = (torch.cat([u[k] for u in seen[2 * i : 2 * i + 2]]) for k in ("old", "ref", "scores"))
         assert torch.allclose(ref, scores, atol=1e-4), "ref_logprobs are not the reference's"
-        assert row["objective/kl"] == pytest.approx((old - ref).mean().item(), rel=1e-4, abs=1e-5)
-        assert row["objective/entropy"] == pytest.approx(-old.mean().item(), rel=1e-4)
-        assert row["objective/scores"] == pytest.approx(scores.mean().item(), rel=1e-4)
+        sampled = {"kl": old - ref, "entropy": -old, "scores": scores}
+        for name, values in sampled.items():
+            mean = pytest.approx(values.mean().item(), rel=1e-4, abs=1e-5)
+            assert row[f"objective/{name}"] == mean, f"objective/{name} should be the mean over the iteration's samples"
         for key in ("policy/clipfrac", "policy/approxkl", "policy/ratio", "objective/q"):
             mean = sum(float(update[key]) for update in seen[2 * i : 2 * i + 2]) / 2
             assert row[key] == pytest.approx(mean), f"{key} should be the mean over the iteration's updates"
@@ -708,6 +751,19 @@ def test_the_policy_learns_what_the_score_asks_for_and_the_reference_stays(tiny,
 
 
 @policy_stage
+def test_a_loss_without_gradient_leaves_the_policy_where_it_is(toy):
+    """Weight decay would move it: away from the reference, where q = 0 says that nothing is to be gained."""
+    cfg = small(iterations=4, pairs=4, minibatch=2, response_tokens=LONGEST)
+
+    def zero(logprobs, *rest, **options):
+        loss, metrics = p3o.p3o_loss(logprobs, *rest, **options)
+        return 0 * loss, metrics
+
+    trained, *_ = run_policy(toy, toy, length_score, TOY_PROMPTS * 2, cfg, zero)
+    assert all(map(torch.equal, trained.parameters(), toy.parameters())), "the policy moved without a gradient"
+
+
+@policy_stage
 @pytest.mark.parametrize("clip", ("joint", "separate"))
 def test_on_the_toy_p3o_approaches_the_known_optimum(toy, clip):
     """Sampled pairs, whole loop: KL(π‖π*) to π* ∝ π_ref exp(r/β) falls to a tenth of where it began, or less."""
@@ -735,6 +791,7 @@ def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(tiny, t
     policy, _, tokenizer, _, pairs = tiny
     policy.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3, "temperature": 0.5}))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings["pad_token"] = None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -742,6 +799,9 @@ def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(tiny, t
     model, loaded = p3o.load_base(cfg, pairs)
     assert loaded.pad_token_id not in (None, loaded.eos_token_id)
     assert model.config.pad_token_id == loaded.pad_token_id < model.get_input_embeddings().num_embeddings
+    inherited = model.generation_config
+    assert inherited.repetition_penalty in (None, 1.0), "it would be sampled with, but not scored"
+    assert (inherited.eos_token_id, inherited.pad_token_id) == (loaded.eos_token_id, loaded.pad_token_id)
     with pytest.raises(p3o.UserError, match="positions"):
         p3o.load_base(p3o.Config(model=str(tmp_path)), pairs)
     with pytest.raises(p3o.UserError, match="cannot load"):
@@ -773,7 +833,13 @@ def test_evaluation_by_hand(tiny, fresh):
     assert summary["win_rate"] != 0.5  # so that the sides cannot be swapped unseen
     assert summary["gold_policy"] == pytest.approx(sum(gold["policy"]) / 24)
     with torch.no_grad():
-        scores = p3o.score_pairs(reward_model, p3o.tokenize(pairs[:60], tokenizer, cfg))
+        examples = p3o.tokenize(pairs[:60], tokenizer, cfg)
+        scores = p3o.score_pairs(reward_model, examples)
     better = (scores[:, 0] > scores[:, 1]).tolist()
+    texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in e] for e in examples]  # as the model saw them
+    gaps = [judge.gold_reward(x, chosen) - judge.gold_reward(x, rejected) for x, chosen, rejected in texts]
+    agrees = [b == (gap > 0) for b, gap in zip(better, gaps, strict=True) if gap]
+    assert len(agrees) < 60, "some gold rewards are equal: such pairs have no better response"
+    assert summary["reward_gold_agreement"] == pytest.approx(sum(agrees) / len(agrees))
     assert summary["reward_accuracy"] == pytest.approx(sum(better) / 60)
     assert 0 < sum(better) < 60 and sum(better) != 30
