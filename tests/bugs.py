@@ -370,6 +370,18 @@ BUGS = [
         "test_every_stages_learning_rate_falls_to_zero_at_its_last_update_and_not_before",
     ),
     Bug(
+        "prompts never shuffled",
+        "DataLoader(prompts, cfg.pairs, shuffle=True, collate_fn=list)",
+        "DataLoader(prompts, cfg.pairs, collate_fn=list)",
+        "test_every_stage_sees_each_row_once_a_pass_in_a_new_order",
+    ),
+    Bug(
+        "interval too narrow: deviation / n",
+        "1.96 * values.std().item() / math.sqrt(len(values))",
+        "1.96 * values.std().item() / len(values)",
+        "test_evaluation_by_hand",
+    ),
+    Bug(
         "weight decay pulls the policy away from the reference",
         '{"params": policy.parameters(), "lr": cfg.lr, "weight_decay": 0.0}',
         '{"params": policy.parameters(), "lr": cfg.lr}',

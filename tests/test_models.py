@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -494,6 +495,33 @@ def test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses(tiny, 
     assert rows[0]["sft/loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ("sft", "reward", pytest.param("policy", marks=policy_stage)))
+def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, fresh, monkeypatch, stage):
+    """Else a stage that ends early would never see the end of the data."""
+    policy, reward_model, *_ = tiny
+    examples, seen = encode(tiny, 24), []
+    examples = [example._replace(prompt=[i]) for i, example in enumerate(examples)]  # each prompt its own number
+    cfg = small(batch=7, sft_epochs=2, reward_epochs=2, iterations=8, pairs=7, minibatch=7, response_tokens=2)
+    name = "sample" if stage == "policy" else "collate"
+    plain = getattr(p3o, name)
+
+    def watched(*args):
+        prompts = next(arg for arg in args if isinstance(arg, list | tuple))
+        seen.extend(dict.fromkeys(prompt[0] for prompt in prompts))  # the reward stage has each twice
+        return plain(*args)
+
+    monkeypatch.setattr(p3o, name, watched)
+    torch.manual_seed(0)
+    if stage == "policy":
+        p3o.train_policy(fresh(policy), policy, length_score, [e.prompt for e in examples], cfg, nothing)
+    else:
+        train = {"sft": p3o.train_sft, "reward": p3o.train_reward}[stage]
+        train(fresh(policy if stage == "sft" else reward_model), examples, cfg, nothing)
+    first, second = seen[:24], seen[24:]
+    assert sorted(first) == sorted(second) == list(range(24)), "a pass should see each row once"
+    assert len({tuple(first), tuple(second), tuple(range(24))}) == 3, "each pass should come in a new order"
+
+
 def test_sft_makes_the_chosen_responses_likelier(tiny, fresh):
     policy, examples, rows = fresh(tiny[0]), encode(tiny, 64), []
     torch.manual_seed(0)
@@ -817,7 +845,7 @@ def test_evaluation_by_hand(tiny, fresh):
     policy = fresh(sft)
     with torch.no_grad():  # the last hidden state points at EOS
         policy.transformer.ln_f.bias += 30 * policy.lm_head.weight[tokenizer.eos_token_id]
-    cfg = small(eval_prompts=24, pairs=10, response_tokens=20)
+    cfg = small(eval_prompts=24, pairs=7, response_tokens=20)  # 7 divides neither 24 nor 60
     torch.manual_seed(0)
     summary, table = p3o.evaluate(cfg, [sft, reward_model, policy], tokenizer, pairs[:60])
 
@@ -831,6 +859,10 @@ def test_evaluation_by_hand(tiny, fresh):
     wins = [(a > b) + 0.5 * (a == b) for a, b in zip(gold["policy"], gold["sft"], strict=True)]
     assert summary["win_rate"] == pytest.approx(sum(wins) / 24)
     assert summary["win_rate"] != 0.5  # so that the sides cannot be swapped unseen
+    half = 1.96 * statistics.stdev(wins) / math.sqrt(24)
+    interval = pytest.approx([sum(wins) / 24 - half, sum(wins) / 24 + half])
+    assert summary["win_rate_ci"] == interval, "an interval is 1.96 standard errors, deviation / √n, to each side"
+    assert len(table["kl_policy"]) == 24
     assert summary["gold_policy"] == pytest.approx(sum(gold["policy"]) / 24)
     with torch.no_grad():
         examples = p3o.tokenize(pairs[:60], tokenizer, cfg)
@@ -839,7 +871,8 @@ def test_evaluation_by_hand(tiny, fresh):
     texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in e] for e in examples]  # as the model saw them
     gaps = [judge.gold_reward(x, chosen) - judge.gold_reward(x, rejected) for x, chosen, rejected in texts]
     agrees = [b == (gap > 0) for b, gap in zip(better, gaps, strict=True) if gap]
-    assert len(agrees) < 60, "some gold rewards are equal: such pairs have no better response"
-    assert summary["reward_gold_agreement"] == pytest.approx(sum(agrees) / len(agrees))
+    assert len(agrees) < 60
+    agreement = pytest.approx(sum(agrees) / len(agrees))
+    assert summary["reward_gold_agreement"] == agreement, "pairs of equal gold reward have no better response"
     assert summary["reward_accuracy"] == pytest.approx(sum(better) / 60)
     assert 0 < sum(better) < 60 and sum(better) != 30
