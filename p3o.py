@@ -187,7 +187,7 @@ def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Pair]:
 
 
 def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Prompt + response, right-padded: ids (N, T), and response_mask (N, T), True on every response token, EOS too."""
+    """Prompt + response, then the model's pad token: ids and mask (N, T), True on each response token, EOS included."""
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
     start, end = torch.tensor([[len(p), len(row)] for p, row in zip(prompts, rows, strict=True)]).T[..., None]  # (N, 1)
@@ -236,7 +236,7 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
 
 @torch.no_grad()
 def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Draw n responses a prompt from π itself, each up to its first EOS: ids and mask (B, n, T), as from `collate`."""
+    """Draw n responses a prompt from π by `generate`, up to the first EOS: ids and mask (B, n, T) as `collate`'s."""
     P, eos, pad = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id
     left = torch.tensor([[P - len(p)] for p in prompts], device=model.device)  # (B, 1): padding before each prompt
     out = model.generate(
@@ -258,17 +258,17 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
 
     Column t belongs to token t+1, since no token predicts the first; sum over the last axis for log π(y|x).
     No attention mask: padding stands on the right, where a causal model never looks, and positions count from 0.
+    Only response positions meet the vocabulary (`get_output_embeddings`), in fp32; others, NaN or not, are never used.
     """
     flat, targets = ids.flatten(0, -2), response_mask.flatten(0, -2)[:, 1:]  # (N, T), (N, T−1)
     hidden = model.base_model(flat).last_hidden_state[:, :-1]  # (N, T−1, D): position t−1 predicts token t
-    # only response positions meet the vocabulary; log-softmax in fp32 whatever the model computes in
     logits = model.get_output_embeddings()(hidden[targets]).float()  # (n, V)
     picked = -F.cross_entropy(logits, flat[:, 1:][targets], reduction="none")  # (n,)
     return torch.zeros(targets.shape, device=ids.device).masked_scatter(targets, picked).view(*ids.shape[:-1], -1)
 
 
 def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
-    """r(x, y), one score a response, read at its last token, EOS included: (…) from ids and mask (…, T)."""
+    """r(x, y), one score a response, read at its last token, EOS included, and nowhere else: (…) from (…, T) twice."""
     hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
     positions = torch.arange(ids.shape[-1], device=ids.device)  # (T,)
     last = (positions * response_mask.flatten(0, -2)).argmax(-1, keepdim=True)  # (N, 1): the last True
@@ -293,9 +293,9 @@ def p3o_loss(
 
     Each argument is (B, 2): log π(y|x) in nats summed over the response, under the current, the sampling and the
     reference policy, and the scores r(x, y). Only `logprobs` gets a gradient. `clip`: "joint" (V2), "separate" (V1) or
-    "none", whose gradient is exactly that of E r − β KL(π‖π_ref), by importance sampling, wherever the policy is.
-    Metrics: policy/clipfrac, share of pairs (V1: responses) that the clip stops; means of ½ (log ρ)², policy/approxkl,
-    of ρ, policy/ratio, and of |q|, objective/q.
+    "none", J = ½ q sg[ρ_1 ρ_2] u: its expected gradient is that of E r − β KL(π‖π_ref), wherever the policy is.
+    Metrics, detached: policy/clipfrac, share of pairs (V1: responses) that the clip stops; means of ½ (log ρ)²,
+    policy/approxkl, of ρ, policy/ratio, and of |q|, objective/q. In q, r_1 − r_2 comes first: δ(x) cancels exactly.
 
     >>> logprobs = torch.tensor([[-3.0, -4.0]], requires_grad=True)
     >>> same = logprobs.detach()
@@ -413,8 +413,9 @@ def train_policy(
 ) -> None:  # fmt: skip
     """Stage 3: sample a pair for each of cfg.pairs prompts, score it (B, 2, T) → (B, 2), update, throw it away.
 
-    Each iteration logs the means of loss_fn's metrics, loss/policy and policy/grad_norm over its updates, and of
-    objective/scores, /kl (log π_old − log π_ref), /entropy, response/length and /finished (by EOS) over its samples.
+    No dropout or weight decay; each inner epoch shuffles the pairs. Each iteration logs the means of loss_fn's metrics,
+    loss/policy and policy/grad_norm over its updates, and of objective/scores, /kl (log π_old − log π_ref), /entropy,
+    response/length and /finished (by EOS) over its samples.
     """
     policy.eval()
     options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)

@@ -1,7 +1,7 @@
 """What a course needs, made from p3o.py itself, so that starter, solution and tests cannot drift apart.
 
     python tests/course.py starter mine.py   # p3o.py without the bodies of the eight problems
-    python tests/course.py bug 7 mine.py     # p3o.py with bug 7 planted: find it
+    python tests/course.py bug 7 buggy.py    # p3o.py with bug 7 planted: find it
     python tests/course.py plant             # plants each bug in turn and names the tests that catch it
     python tests/course.py check             # the starter fails each problem's tests, and solving it passes them
 
@@ -17,8 +17,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from bugs import BUGS, Bug
 
 TESTS = Path(__file__).resolve().parent
 SOURCE = TESTS.parent / "p3o.py"
@@ -44,44 +42,44 @@ def starter(source: str, first: int = 1) -> str:
     return "".join(lines)
 
 
-def plant(source: str, bug: Bug) -> str:
-    assert source.count(bug.old) == 1, f"{bug.name}: p3o.py should hold this once: {bug.old}"
-    return source.replace(bug.old, bug.new)
+def plant(source: str, old: str, new: str) -> str:
+    assert source.count(old) == 1, f"p3o.py should hold this once: {old}"
+    return source.replace(old, new)
 
 
 def outcomes(source: str, *options: str) -> dict[str, set[str]]:
-    """Run the tests against a source: the names of those that "passed" and "failed"."""
+    """Run the tests against a source: the names of those that "passed" and "failed", with their parameters."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "data").symlink_to(SOURCE.parent / "data")
         file = Path(folder) / "p3o.py"
         file.write_text(source)
         command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider", f"--file={file}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run([*command, *options, TESTS], capture_output=True, text=True, env=environment)
-    found = re.findall(r"^(PASSED|FAILED|ERROR) \S+::(\w+)", result.stdout, re.MULTILINE)
+        result = subprocess.run([*command, *options, TESTS], capture_output=True, text=True)
+    found = re.findall(r"^(PASSED|FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
     if not found:
         sys.exit(f"the tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
     failed = {name for outcome, name in found if outcome != "PASSED"}
     return {"failed": failed, "passed": {name for _, name in found} - failed}
 
 
-def plant_all(named: bool) -> int:
+def plant_all(bugs: list, named: bool) -> int:
     """Plant each bug; the test that the catalogue names must catch it. Returns the number of those that it did not."""
     source, missed = SOURCE.read_text(), 0
     if failed := outcomes(source)["failed"]:
         sys.exit(f"without any bug, these fail: {', '.join(sorted(failed))}")
 
-    def try_one(bug: Bug) -> set[str]:
-        return outcomes(plant(source, bug), *(["-k", bug.caught_by] if named else []))["failed"]
+    def try_one(bug) -> set[str]:
+        failed = outcomes(plant(source, bug.old, bug.new), *(["-k", bug.caught_by] if named else []))["failed"]
+        return {name.split("[")[0] for name in failed}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, (bug, failed) in enumerate(zip(BUGS, pool.map(try_one, BUGS), strict=True), 1):
+        for number, (bug, failed) in enumerate(zip(bugs, pool.map(try_one, bugs), strict=True), 1):
             caught = bug.caught_by in failed
             missed += not caught
             print(f"{number:3} {'caught' if caught else 'MISSED'}  {bug.name}\n      by {bug.caught_by}", flush=True)
             for test in sorted(failed - {bug.caught_by}):
                 print(f"         {test}")
-    print(f"{len(BUGS) - missed} of {len(BUGS)} bugs caught by the test that names them")
+    print(f"{len(bugs) - missed} of {len(bugs)} bugs caught by the test that names them")
     return missed
 
 
@@ -106,25 +104,33 @@ def check() -> int:
 
 
 def main() -> int:
+    from bugs import BUGS  # here, so that the tests run without the answers
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("starter").add_argument("file", type=Path)
-    bug = commands.add_parser("bug")
-    bug.add_argument("number", type=int, choices=range(1, len(BUGS) + 1), metavar=f"1..{len(BUGS)}")
-    bug.add_argument("file", type=Path)
-    commands.add_parser("plant").add_argument(
-        "--named", action="store_true", help="run only the test that the catalogue names, a tenth of the time"
-    )
-    commands.add_parser("check")
+    starter_command = commands.add_parser("starter", help="write p3o.py without the bodies of the eight problems")
+    bug_command = commands.add_parser("bug", help="write p3o.py with one bug planted")
+    bug_command.add_argument("number", type=int, help=f"1 to {len(BUGS)}")
+    for command in (starter_command, bug_command):
+        command.add_argument("file", type=Path)
+    plant_command = commands.add_parser("plant", help="plant each bug in turn and name the tests that catch it")
+    plant_command.add_argument("--named", action="store_true", help="run only the test that the catalogue names")
+    commands.add_parser("check", help="show that the problems' tests fail in the starter and pass once solved")
     args = parser.parse_args()
     if args.command == "plant":
-        return int(plant_all(args.named) > 0)
+        return int(plant_all(BUGS, args.named) > 0)
     if args.command == "check":
         return int(check() > 0)
     source = SOURCE.read_text()
+    if args.command == "starter":
+        text = starter(source)
+    elif 1 <= args.number <= len(BUGS):
+        text = plant(source, BUGS[args.number - 1].old, BUGS[args.number - 1].new)
+    else:
+        parser.error(f"there is no bug {args.number}, only 1 to {len(BUGS)}")
     try:
         with args.file.open("x") as file:
-            file.write(starter(source) if args.command == "starter" else plant(source, BUGS[args.number - 1]))
+            file.write(text)
     except OSError as error:
         parser.error(f"{args.file}: {error.strerror}; choose another file")
     return 0

@@ -1,4 +1,4 @@
-"""What P3O claims, claim by claim, in float64, on policies small enough to enumerate.
+"""What P3O claims, claim by claim, and how it compares with its relatives, in float64, on enumerable policies.
 
 A "bandit" here is one prompt with five responses and a softmax policy over them, so every expectation is a finite sum.
 Where a claim is about `p3o_loss`, the gradient comes from that very function.
@@ -137,7 +137,7 @@ def test_p3o_gives_equivalent_rewards_the_same_update_sample_by_sample(clip):
     scores = (scores * 64).round() / 64
     delta = torch.randint(-6400, 6400, (64, 1)) / 64
     a, b = (pushes(logprobs, old, ref, s, clip=clip) for s in (scores, scores + delta))
-    assert torch.equal(a, b), "something reads absolute scores: whitening, clipping or a baseline over the batch"
+    assert torch.equal(a, b), "something reads absolute scores: whitening, clipping, or a sum before r_1 − r_2 is taken"
 
 
 def test_ppo_gives_equivalent_rewards_different_updates_sample_by_sample():
@@ -392,9 +392,10 @@ def test_swapping_the_responses_of_a_pair_changes_nothing(clip):
     """q and u change sign together."""
     case = sampled(19, 0.5)
     swapped = [tensor.flip(1) for tensor in case]
-    assert close(pushes(*case, clip=clip), pushes(*swapped, clip=clip).flip(1))
+    unchanged = close(pushes(*case, clip=clip), pushes(*swapped, clip=clip).flip(1))
+    assert unchanged, "y_1 and y_2 are treated differently: on which side of the pair, or for which sign of q?"
     losses = [p3o.p3o_loss(*tensors, beta=BETA, clip=clip)[0] for tensors in (case, swapped)]
-    assert close(*losses)
+    assert close(*losses), "the loss depends on the order"
 
 
 @p3o_loss
@@ -409,12 +410,13 @@ def test_a_response_paired_with_itself_is_not_pushed(clip):
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_weights_held(clip, seed):
-    """Central differences in log π(y_1), everything under a stop-gradient held at the current policy."""
+    """Central differences in log π of each response, everything under a stop-gradient held at the current policy."""
     case = sampled(seed, 0.1, size=1)
     ratio, q = (case[0] - case[1]).exp()[0], q_of(*case).item()
 
-    def objective(step: float) -> float:
-        log_ratio = [(case[0] - case[1])[0, 0].item() + step, (case[0] - case[1])[0, 1].item()]
+    def objective(which: int, step: float) -> float:
+        log_ratio = (case[0] - case[1])[0].tolist()
+        log_ratio[which] += step
         u = log_ratio[0] - log_ratio[1]
         if clip == "separate":
             moved = [math.exp(value) for value in log_ratio]
@@ -424,9 +426,10 @@ def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_w
         held = min(max(u, -EPS), EPS) if clip == "joint" else u
         return 0.5 * min(q * ratio.prod().item() * u, q * ratio.prod().item() * held)
 
-    difference = (objective(1e-6) - objective(-1e-6)) / 2e-6
-    found = pushes(*case, clip=clip)[0, 0].item()
-    assert found == pytest.approx(difference, rel=1e-7, abs=1e-9), "is the gradient of q and of the weights stopped?"
+    differences = [(objective(i, 1e-6) - objective(i, -1e-6)) / 2e-6 for i in range(2)]
+    found = pushes(*case, clip=clip)[0].tolist()
+    hint = "do q or the weights carry a gradient, or is the clip on the wrong side?"
+    assert found == pytest.approx(differences, rel=1e-7, abs=1e-9), hint
 
 
 @p3o_loss
@@ -451,18 +454,20 @@ def test_equal_micro_batches_average_to_the_full_batchs_gradient():
 
 
 @p3o_loss
-def test_metrics_are_what_they_say():
-    """½ (log ρ)², ρ, |q|, over pairs that the clip leaves alone; none of them carries a gradient."""
+@pytest.mark.parametrize("clip", CLIPS)
+def test_metrics_are_what_they_say(clip):
+    """½ (log ρ)², ρ and |q|, here of pairs within the clip; the clip fraction beyond it is with the zero gradients."""
     case = sampled(24, 0.01)
     leaf = case[0].requires_grad_()
-    loss, metrics = p3o.p3o_loss(leaf, *case[1:], beta=BETA)
+    loss, metrics = p3o.p3o_loss(leaf, *case[1:], beta=BETA, clip=clip)
     log_ratio = (case[0] - case[1]).detach()
     assert set(metrics) == {"policy/clipfrac", "policy/approxkl", "policy/ratio", "objective/q"}
     assert metrics["policy/clipfrac"] == 0
     assert metrics["policy/approxkl"].item() == pytest.approx((0.5 * log_ratio**2).mean().item())
     assert metrics["policy/ratio"].item() == pytest.approx(log_ratio.exp().mean().item())
     assert metrics["objective/q"].item() == pytest.approx(q_of(*case).abs().mean().item())
-    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+    assert loss.requires_grad
+    assert not any(value.requires_grad for value in metrics.values()), "a metric carries a gradient: detach it"
 
 
 # ---- Relatives -------------------------------------------------------------------------------------------------------
@@ -539,6 +544,7 @@ def expected_dpo(logprobs: Tensor, ref: Tensor, scores: Tensor) -> Tensor:
     return first_wins * gradient_of(dpo(ref, 0), logprobs) + (1 - first_wins) * gradient_of(dpo(ref, 1), logprobs)
 
 
+@p3o_loss
 def test_dpos_expected_gradient_has_the_sign_and_the_zero_of_p3os():
     """β (σ(Δr) − σ(βΔh)) G, and σ is monotonic; the reward enters as Δr alone, so it is invariant as well."""
     case = sampled(34, 0.5)
@@ -546,7 +552,7 @@ def test_dpos_expected_gradient_has_the_sign_and_the_zero_of_p3os():
     gap_r, gap_h = scores[:, 0] - scores[:, 1], h[:, 0] - h[:, 1]
     found = expected_dpo(case[0], case[2], scores)
     assert close(found, along_G(BETA * (gap_r.sigmoid() - (BETA * gap_h).sigmoid())))
-    assert torch.equal(found[:, 0].sign(), q_of(*case).sign())
+    assert torch.equal(found.sign(), pushes(*case, clip="none").sign())
     at_zero = BETA * h  # scores for which q = 0
     assert expected_dpo(case[0], case[2], at_zero).abs().max() < 1e-15
     assert close(gradient_of(dpo(case[2], 0), case[0]), along_G(BETA * (-BETA * gap_h).sigmoid()))
@@ -596,4 +602,4 @@ def test_the_examples_in_docstrings_are_right(name):
     examples = doctest.DocTestFinder().find(function, name, globs=vars(p3o).copy())
     results = [doctest.DocTestRunner().run(example) for example in examples]
     assert sum(result.attempted for result in results) > 0
-    assert sum(result.failed for result in results) == 0
+    assert sum(result.failed for result in results) == 0, "see the captured output"

@@ -39,13 +39,7 @@ def test_a_run_leaves_models_metrics_and_a_summary(quick, capsys):
     out = Path(quick[quick.index("--out") + 1])
     assert p3o.main(quick) == 0
     shown = capsys.readouterr().out
-    for claim in (
-        "reward loss starts at ln 2",
-        "ratio = 1 before",
-        "KL = 0 before",
-        "reference unchanged",
-        "reward model",
-    ):
+    for claim in ("loss starts at ln 2", "ratio = 1", "KL = 0", "reference unchanged", "reward model unchanged"):
         assert claim in shown
     assert "FAILED" not in shown
     assert {path.name for path in out.iterdir()} == {
@@ -106,7 +100,7 @@ def test_killed_in_any_stage_the_same_command_ends_in_the_same_weights(quick, tm
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)  # the other process trains meanwhile
-        process.wait()
+        assert process.wait(timeout=60) == -signal.SIGKILL, f"it was not killed within stage {stage}"
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "p')  # a torn line, as a kill within a write leaves it
     (killed / "p3o.partial").mkdir(exist_ok=True)
@@ -152,13 +146,13 @@ def test_a_loss_that_becomes_nan_stops_with_status_1_and_keeps_the_metrics(quick
         (["--model", "./nowhere"], "./nowhere"),
     ],
 )
-def test_a_bad_option_gives_one_line_and_status_2_and_writes_nothing(options, message, quick, capsys):
+def test_a_bad_option_gives_one_line_and_status_2_and_leaves_no_model(options, message, quick, capsys):
     out = Path(quick[quick.index("--out") + 1])
     assert p3o.main([*quick, *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("p3o.py: ") and captured.err.count("\n") == 1
-    assert not (out / "sft").exists()
+    assert not list(out.glob("*/model.safetensors"))
 
 
 GOOD = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"})

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import course
-import pytest
 from bugs import BUGS
 
 TESTS = Path(__file__).parent
@@ -20,16 +19,14 @@ def functions(source: str) -> dict[str, ast.FunctionDef]:
 
 def test_there_are_at_least_thirty_bugs_each_another_one():
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 30
-    assert len({course.plant(SOURCE, bug) for bug in BUGS}) == len(BUGS)
+    assert len({SOURCE} | {course.plant(SOURCE, bug.old, bug.new) for bug in BUGS}) == len(BUGS) + 1
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
-def test_a_bug_can_be_planted_and_names_a_test_that_exists(bug):
-    planted = course.plant(SOURCE, bug)
-    compile(planted, bug.name, "exec")
-    assert planted != SOURCE
+def test_a_bug_can_be_planted_and_names_a_test_that_exists():
     tests = "".join(file.read_text() for file in TESTS.glob("test_*.py"))
-    assert f"\ndef {bug.caught_by}(" in tests
+    for bug in BUGS:
+        compile(course.plant(SOURCE, bug.old, bug.new), bug.name, "exec")
+        assert f"\ndef {bug.caught_by}(" in tests, bug.name
 
 
 def test_the_starter_keeps_everything_but_the_bodies_of_the_problems():
@@ -60,7 +57,7 @@ def test_the_commands_write_a_file_and_never_over_one(tmp_path):
     assert run("starter", file).returncode == 0
     assert file.read_text() == course.starter(SOURCE)
     assert run("bug", "7", tmp_path / "bug.py").stdout == "", "no hint of where to look"
-    assert (tmp_path / "bug.py").read_text() == course.plant(SOURCE, BUGS[6])
+    assert (tmp_path / "bug.py").read_text() == course.plant(SOURCE, BUGS[6].old, BUGS[6].new)
     for command in (["starter", file], ["bug", "7", file], ["bug", "0", tmp_path / "a.py"], ["bug", "7", tmp_path]):
         refused = run(*command)
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) <= 2

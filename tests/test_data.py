@@ -11,7 +11,7 @@ import pytest
 
 import p3o
 
-DATA = Path(p3o.__file__).parent / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 @pytest.fixture(scope="module")

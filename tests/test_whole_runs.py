@@ -28,7 +28,7 @@ def plus_delta(score):
 
 
 def absolutely_normalised(score):
-    """What the paper's own training code does: clip scores to ±10, divide by their running standard deviation."""
+    """As PPO code for language models commonly does: clip scores to ±10, divide by their running deviation."""
     seen = []
 
     def normalised(ids, mask):
@@ -138,7 +138,7 @@ def reward_then_policy(tiny, score_of, monkeypatch):
 
 @policy_stage
 def test_reward_training_gain_and_policy_run_are_the_same_under_r_and_r_plus_delta(tiny, monkeypatch):
-    """From the first preference to the last update, bit by bit: float64 holds a float32 score plus δ exactly."""
+    """From the first preference to the last update, bit by bit: float64 has room for score + δ."""
     scores = p3o.reward_scores
     plain, shifted = (
         reward_then_policy(tiny, score_of, monkeypatch)
@@ -148,3 +148,6 @@ def test_reward_training_gain_and_policy_run_are_the_same_under_r_and_r_plus_del
         )
     )
     assert_same_run(plain, shifted)
+    mean = "objective/scores"
+    assert all(row[mean] != other[mean] for row, other in zip(plain[1], shifted[1], strict=True) if mean in row)
+    assert not any(map(torch.equal, tiny[0].parameters(), plain[2][-len(list(tiny[0].parameters())) :]))
