@@ -67,6 +67,7 @@ def test_the_commands_write_a_file_and_never_over_one(tmp_path):
 
 def test_every_problem_has_tests_and_the_readme_lists_it():
     readme = (TESTS.parent / "README.md").read_text()
+    assert f"bug 7 of {len(BUGS)} planted" in readme
     tests = "".join(file.read_text() for file in TESTS.glob("test_*.py"))
     for number, name in enumerate(course.PROBLEMS, 1):
         assert re.search(rf"^\| {number} \| `{name}` \|", readme, re.MULTILINE)

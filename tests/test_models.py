@@ -704,7 +704,9 @@ def test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step(tiny, pro
     assert len(seen) == 2 * 2 * 3
     for update in seen:
         assert update["logprobs"].dtype == torch.float32
-        assert torch.equal(update["logprobs"], update["old"]) and torch.equal(update["logprobs"], update["ref"])
+        for name in ("old", "ref"):
+            same = torch.equal(update["logprobs"], update[name])
+            assert same, f"{name} differs, if only in the last bits: compute it in minibatches as well, not all at once"
     assert all(abs(row["objective/kl"]) < 1e-4 and row["policy/clipfrac"] == 0 for row in rows)
 
 
