@@ -27,10 +27,6 @@ Left out: a value network and GAE (a response is one action, its partner the bas
 (absolute scores would bring δ(x) back), a KL loss (q holds it), several GPUs and LoRA (see TRL).
 """
 
-import time
-
-START = time.perf_counter()  # before the imports: they are a tenth of a small run
-
 import argparse
 import json
 import logging
@@ -40,6 +36,7 @@ import runpy
 import shutil
 import sys
 import textwrap
+import time
 import zlib
 from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable
@@ -58,7 +55,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-IMPORT_SECONDS = time.perf_counter() - START
 SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
 Log = Callable[..., None]  # log(step, **metrics) writes one line of metrics.jsonl
@@ -77,7 +73,7 @@ def option(default: Any, help: str, **rule: Any) -> Any:
 class Config:
     small: bool = option(False, "a tiny GPT-2 on the shipped data, in about a minute on two cores")
     model: str = option("gpt2", "causal language model: a hub name, a directory, or 'tiny' to build one")
-    data: str = option("Anthropic/hh-rlhf", "preference pairs: a hub name, a .jsonl file or a directory")
+    data: str = option("Anthropic/hh-rlhf", "preference pairs: a hub name, a file or a directory")
     out: str = option("runs/gpt2", "directory for models and metrics; run again to resume")
     seed: int = option(0, "fixes data order, samples and fresh weights", least=0)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
@@ -87,7 +83,7 @@ class Config:
         0.2, "ε: half-width of the clip, on log(ρ_1/ρ_2) if joint, on each ρ if separate", least=0
     )
     ratio_bound: float = option(10.0, "c: importance weights are kept in [1/c, c]", least=1)
-    prompt_tokens: int = option(384, "longer prompts lose their beginning", least=1)
+    prompt_tokens: int = option(384, "longer prompts lose their first turns", least=1)
     response_tokens: int = option(128, "longest response", least=1)
     batch: int = option(32, "stages 1 and 2: rows per update", least=1)
     sft_epochs: int = option(1, "stage 1: passes over the preferred responses", least=1)
@@ -122,39 +118,35 @@ SMALL: dict[str, Any] = dict(
 Pair = namedtuple("Pair", ["prompt", "chosen", "rejected"])
 
 
-def split_dialogues(chosen: str, rejected: str) -> Pair | str:
-    """Split two Anthropic-HH dialogues after their last shared "Assistant:", or say why the row cannot be used."""
-    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071
-    cut = shared.rfind(ASSISTANT) + len(ASSISTANT)
-    pair = Pair(chosen[:cut], chosen[cut:], rejected[cut:])
+def split_row(chosen: str, rejected: str, prompt: str = "") -> Pair | str:
+    """A pair, or why the row cannot be used. Without a prompt, split both after their last shared "Assistant:"."""
+    if not prompt:
+        shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071
+        cut = shared.rfind(ASSISTANT) + len(ASSISTANT) if ASSISTANT in shared else 0
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
     reasons = {
-        "no shared prompt": ASSISTANT not in shared,
-        "a new human turn in a response": HUMAN in pair.chosen + pair.rejected,
-        "empty response": not pair.chosen.strip() or not pair.rejected.strip(),
-        "equal responses": pair.chosen == pair.rejected,
+        "no shared prompt": not prompt.strip(),
+        "a new human turn in a response": HUMAN in chosen + rejected,
+        "empty response": not chosen.strip() or not rejected.strip(),
+        "equal responses": chosen == rejected,
     }
-    return next((reason for reason, holds in reasons.items() if holds), pair)
+    return next((reason for reason, holds in reasons.items() if holds), Pair(prompt, chosen, rejected))
 
 
 def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs of text: a directory (train.jsonl, heldout.jsonl), a .jsonl file or a hub name."""
-    path, files = Path(source).expanduser(), {}
-    if path.exists() or path.suffix or source.startswith((".", "/")):
-        files = {"train": path / "train.jsonl", "test": path / "heldout.jsonl"} if path.is_dir() else {"train": path}
-    for file in files.values():  # the library would say that a line is bad, but not which
-        for number, line in enumerate(file.read_bytes().splitlines(), 1):
-            try:
-                json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: invalid JSON ({error})") from None
+    """Training and held-out pairs of text, from a hub name, or a file or directory (train.*, test.*) of .jsonl, .json,
+    .csv or .parquet, gzipped or not. Where nothing is held out, about every tenth prompt is, with all its rows."""
+    path = Path(source).expanduser().absolute()
+    if not path.exists() and (path.suffix or source.startswith((".", "/", "~"))):
+        raise UserError(f"--data {source}: no such file or directory")
+    place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": source}
     try:
-        data_files = {split: str(file) for split, file in files.items()}
-        splits = datasets.load_dataset("json", data_files=data_files) if files else datasets.load_dataset(source)
-    except (ValueError, StopIteration, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or "no rows").splitlines()[0]
+        splits = {split: rows.to_list() for split, rows in datasets.load_dataset(**place).items()}
+    except (ValueError, StopIteration, OSError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error.__cause__ or error) or "no rows").splitlines()[0]
         raise UserError(f"cannot load {source!r}: {reason}; --data takes local files, and --small needs none") from None
     train, heldout = (usable_pairs(splits.get(split, []), f"{source}, {split}") for split in ("train", "test"))
-    if not heldout:  # hold out about every tenth prompt, with all its rows
+    if not heldout:
         heldout = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 == 0]
         train = [pair for pair in train if zlib.crc32(pair.prompt.encode()) % 10 != 0]
     if not train or len(heldout) < 2:  # one figure has no interval
@@ -162,28 +154,35 @@ def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     return train, heldout
 
 
-def usable_pairs(rows: Any, where: str) -> list[Pair]:
+def usable_pairs(rows: list[dict], where: str) -> list[Pair]:
     """Split every row; drop, count and report those that cannot be used."""
     results: list[Pair | str] = []
     for number, row in enumerate(rows, 1):
-        for key in ("chosen", "rejected"):
-            if not isinstance(row.get(key), str):
-                raise UserError(f"{where} row {number}: no dialogue under {key!r}; each row needs chosen and rejected")
-        results.append(split_dialogues(row["chosen"], row["rejected"]))
+        texts = [row.get("chosen"), row.get("rejected"), row.get("prompt") or ""]
+        if not all(isinstance(text, str) for text in texts):
+            advice = "lists of messages become text by your tokenizer's apply_chat_template(..., tokenize=False)"
+            raise UserError(f"{where} row {number}: chosen, rejected and prompt, if any, must be text; {advice}")
+        results.append(split_row(*texts))
     for reason, count in Counter(result for result in results if isinstance(result, str)).items():
         print(f"{where}: {count} of {len(rows)} rows dropped: {reason}")
     return [result for result in results if isinstance(result, Pair)]
 
 
 def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Pair]:
-    """Text to ids, for every stage alike. Prompts keep their end; EOS ends a response unless it was cut."""
-    prompts, *responses = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
-    prompts = [ids[-cfg.prompt_tokens :] for ids in prompts]
-    responses = [[[*ids, tokenizer.eos_token_id][: cfg.response_tokens] for ids in column] for column in responses]
-    examples = [pair for pair in map(Pair, prompts, *responses) if pair.chosen != pair.rejected]
-    if len(examples) < len(pairs):
-        print(f"{len(pairs) - len(examples)} of {len(pairs)} pairs dropped: equal after {cfg.response_tokens} tokens")
-    return examples
+    """Text to ids, for every stage alike. A long prompt loses its oldest turns, then the beginning of what is left; EOS
+    ends a response unless it was cut."""
+    encode, examples = partial(tokenizer, add_special_tokens=False), []
+    for prompt, *responses in pairs:
+        ids = encode(prompt)["input_ids"]
+        while len(ids) > cfg.prompt_tokens and HUMAN in prompt[1:]:
+            prompt = prompt[prompt.index(HUMAN, 1) :]
+            ids = encode(prompt)["input_ids"]
+        ends = [[*encode(text)["input_ids"], tokenizer.eos_token_id][: cfg.response_tokens] for text in responses]
+        examples.append(Pair(ids[-cfg.prompt_tokens :], *ends))
+    kept = [pair for pair in examples if pair.chosen != pair.rejected]
+    if len(kept) < len(pairs):
+        print(f"{len(pairs) - len(kept)} of {len(pairs)} pairs dropped: equal after {cfg.response_tokens} tokens")
+    return kept
 
 
 def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -229,7 +228,7 @@ def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
         # NOTE with pad = EOS the library's classifier takes EOS for padding and reads the score one token early
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(len(tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig.from_model_config(model.config)  # no penalties of its own
     return model, tokenizer
 
@@ -564,6 +563,7 @@ def open_out(cfg: Config, pairs: Any) -> Path:
 
 
 def run(cfg: Config) -> None:
+    began = time.perf_counter()
     train_pairs, heldout_pairs = load_pairs(cfg.data)
     out = open_out(cfg, (train_pairs, heldout_pairs))
     print(f"{len(train_pairs)} training and {len(heldout_pairs)} held-out pairs, on {cfg.device}, in {out}")
@@ -597,8 +597,8 @@ def run(cfg: Config) -> None:
     summary, table = evaluate(cfg, [load("sft"), load("reward", num_labels=1), load("p3o")], tokenizer, heldout_pairs)
     show(summary, table)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    seconds = {"import": IMPORT_SECONDS} | {row["stage"]: row["seconds"] for row in rows}  # each stage's last row
-    seconds |= {"eval": time.perf_counter() - start, "total": time.perf_counter() - START}
+    seconds = {row["stage"]: row["seconds"] for row in rows}  # each stage's last row
+    seconds |= {"eval": time.perf_counter() - start, "total": time.perf_counter() - began}
     summary |= {"seconds": seconds, "seed": cfg.seed, "config": asdict(cfg)}
     write_atomically(out / "summary.json", json.dumps(summary, indent=2))
     print("seconds: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()) + f"; all is in {out}")

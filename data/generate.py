@@ -1,4 +1,4 @@
-"""Write train.jsonl and heldout.jsonl: preference pairs between two mediocre answers, labelled by Bradley-Terry.
+"""Write train.jsonl and test.jsonl, held out: preference pairs between two mediocre answers, labelled by Bradley-Terry.
 
 python data/generate.py [DIRECTORY]      # default: beside this file; always the same bytes
 """
@@ -84,7 +84,7 @@ def write_row(rng: random.Random, heldout: bool) -> dict[str, str]:
 
 def main(directory: Path) -> None:
     rng = random.Random(SEED)
-    for name, count, heldout in [("train", TRAIN_PAIRS, False), ("heldout", HELDOUT_PAIRS, True)]:
+    for name, count, heldout in [("train", TRAIN_PAIRS, False), ("test", HELDOUT_PAIRS, True)]:
         rows: dict[str, None] = {}
         while len(rows) < count:
             rows[json.dumps(write_row(rng, heldout))] = None

@@ -28,9 +28,8 @@ BUGS = [
     ),
     Bug(
         "split each dialogue at its own last turn",
-        "    pair = Pair(chosen[:cut], chosen[cut:], rejected[cut:])",
-        "    cut = chosen.rfind(ASSISTANT) + len(ASSISTANT)\n"
-        "    pair = Pair(chosen[:cut], chosen[cut:], rejected[cut:])",
+        "cut = shared.rfind(ASSISTANT) + len(ASSISTANT) if ASSISTANT in shared else 0",
+        "cut = chosen.rfind(ASSISTANT) + len(ASSISTANT) if ASSISTANT in shared else 0",
         "test_rows_that_cannot_be_used_are_dropped_with_their_reason",
     ),
     Bug(
@@ -40,6 +39,18 @@ BUGS = [
         "test_a_single_file_holds_out_whole_prompts",
     ),
     Bug(
+        "one side of a row with a second question kept",
+        "HUMAN in chosen + rejected",
+        "HUMAN in chosen",
+        "test_rows_that_cannot_be_used_are_dropped_with_their_reason",
+    ),
+    Bug(
+        "long prompts lose the middle of a turn first",
+        "while len(ids) > cfg.prompt_tokens and HUMAN in prompt[1:]:",
+        "while False:",
+        "test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last",
+    ),
+    Bug(
         "prompts cut at the end",
         "ids[-cfg.prompt_tokens :]",
         "ids[: cfg.prompt_tokens]",
@@ -47,14 +58,14 @@ BUGS = [
     ),
     Bug(
         "EOS forged after a response that was cut",
-        "[[*ids, tokenizer.eos_token_id][: cfg.response_tokens] for ids in column]",
-        "[[*ids[: cfg.response_tokens - 1], tokenizer.eos_token_id] for ids in column]",
+        '[*encode(text)["input_ids"], tokenizer.eos_token_id][: cfg.response_tokens]',
+        '[*encode(text)["input_ids"][: cfg.response_tokens - 1], tokenizer.eos_token_id]',
         "test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos",
     ),
     Bug(
         "no EOS in the training data",
-        "[*ids, tokenizer.eos_token_id][: cfg.response_tokens]",
-        "ids[: cfg.response_tokens]",
+        '[*encode(text)["input_ids"], tokenizer.eos_token_id][: cfg.response_tokens]',
+        'encode(text)["input_ids"][: cfg.response_tokens]',
         "test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos",
     ),
     # ---- masks

@@ -46,7 +46,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
-    return [json.loads(line) for line in (ROOT / "data" / "heldout.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (ROOT / "data" / "test.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def tiny(rows):
 
     torch.manual_seed(0)
     cfg = p3o.Config(**p3o.SMALL | QUICK)
-    pairs = [p3o.split_dialogues(row["chosen"], row["rejected"]) for row in rows]
+    pairs = [p3o.split_row(row["chosen"], row["rejected"]) for row in rows]
     policy, tokenizer = p3o.build_tiny([pair.prompt + pair.chosen for pair in pairs], cfg)
     policy.config.num_labels = 1
     reward_model = GPT2ForSequenceClassification(policy.config)

@@ -1,5 +1,6 @@
 """The command line: a run, its output, resuming, and every kind of bad input."""
 
+import gzip
 import json
 import re
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUICK
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import p3o
@@ -51,7 +53,7 @@ def test_a_run_leaves_models_metrics_and_a_summary(quick, capsys):
     summary = json.loads((out / "summary.json").read_text())
     figures = "win_rate win_rate_ci judge reward_accuracy reward_gold_agreement kl score_sft score_policy gold_sft"
     assert {*figures.split(), "gold_policy", "finished_fraction", "seconds", "seed", "config"} <= summary.keys()
-    assert set(summary["seconds"]) == {"import", "sft", "reward", "p3o", "eval", "total"}
+    assert set(summary["seconds"]) == {"sft", "reward", "p3o", "eval", "total"}
     assert summary["judge"] == "score"  # not the shipped data, so there is no gold reward
     assert summary["gold_policy"] is None
     assert summary["win_rate_ci"][0] <= summary["win_rate"] <= summary["win_rate_ci"][1]
@@ -142,7 +144,8 @@ def test_a_loss_that_becomes_nan_stops_with_status_1_and_keeps_the_metrics(quick
         (["--seed", "-1"], "--seed must be"),
         (["--device", "abacus"], "--device abacus"),
         (["--nonsense"], "--nonsense"),
-        (["--data", "nowhere/rows.jsonl"], "nowhere/rows.jsonl"),
+        (["--data", "nowhere/rows.jsonl"], "--data nowhere/rows.jsonl: no such file"),
+        (["--data", "./nowhere"], "--data ./nowhere: no such file"),
         (["--model", "./nowhere"], "./nowhere"),
     ],
 )
@@ -155,6 +158,7 @@ def test_a_bad_option_gives_one_line_and_status_2_and_leaves_no_model(options, m
     assert not list(out.glob("*/model.safetensors"))
 
 
+GOOD_PROMPT = "\n\nHuman: Hi\n\nAssistant:"
 GOOD = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: B"})
 SAME = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: A"})
 
@@ -162,10 +166,11 @@ SAME = json.dumps({"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nH
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"{GOOD}\n{{oops\n".encode(), "line 2: invalid JSON"),
-        (f"{GOOD}\n".encode() + b'{"chosen": "\xff"}\n', "line 2: invalid JSON"),
-        (f'{GOOD}\n{{"chosen": "x"}}\n'.encode(), "row 2: no dialogue under 'rejected'"),
-        (b'{"chosen": ["x"], "rejected": ["y"]}\n', "row 1: no dialogue under 'chosen'"),
+        (f"{GOOD}\n{{oops\n".encode(), "JSON parse error"),
+        (f"{GOOD}\n".encode() + b'{"chosen": "\xff"}\n', "utf-8"),
+        (f'{GOOD}\n{{"chosen": "x"}}\n'.encode(), "row 2: chosen, rejected and prompt, if any, must be text"),
+        (b'{"chosen": [{"role": "user", "content": "x"}], "rejected": []}\n', "row 1: chosen, rejected and prompt"),
+        (b'{"chosen": [{"role": "user", "content": "x"}], "rejected": []}\n', "apply_chat_template"),
         (b"", "rows.jsonl"),
         (f"{SAME}\n{SAME}\n".encode(), "too few usable rows"),
     ],
@@ -180,17 +185,49 @@ def test_bad_data_gives_one_line_and_status_2_and_writes_nothing(content, messag
     assert not out.exists()
 
 
-@pytest.mark.parametrize("changed", ("train", "heldout"))
+@pytest.mark.parametrize("changed", ("train", "test"))
 def test_a_run_does_not_continue_on_other_data(changed, quick, rows, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()
-    for name, part in (("train", rows[:100]), ("heldout", rows[100:120])):
+    for name, part in (("train", rows[:100]), ("test", rows[100:120])):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     assert p3o.main([*quick, "--data", str(data)]) == 0
     with (data / f"{changed}.jsonl").open("a") as file:
         file.write(json.dumps(rows[130]) + "\n")
     assert p3o.main([*quick, "--data", str(data)]) == 2
     assert "data_crc" in capsys.readouterr().err
+
+
+def test_the_default_path_takes_a_gpt2_directory_and_rough_gzipped_dialogues(tiny, rows, tmp_path, capsys):
+    """What the default run loads, in small: GPT-2 with a tokenizer that has no pad token, and every kind of bad row."""
+    model, data, out = (tmp_path / name for name in ("gpt2", "hh", "out"))
+    tiny[0].save_pretrained(model)
+    tiny[2].save_pretrained(model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    long = "\n\nHuman: " + "I burned my bread. " * 40 + "\n\nAssistant: Oh." + GOOD_PROMPT
+    rough = [
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: A"},
+        {"chosen": f"{GOOD_PROMPT} A\n\nHuman: And?\n\nAssistant: B", "rejected": f"{GOOD_PROMPT} B"},
+        {"chosen": f"{GOOD_PROMPT} A", "rejected": f"{GOOD_PROMPT} "},
+        {"chosen": f"{GOOD_PROMPT} A", "rejected": f"{GOOD_PROMPT} A"},
+        {"chosen": f"{GOOD_PROMPT} {'So. ' * 40}A", "rejected": f"{GOOD_PROMPT} {'So. ' * 40}B"},
+        {"chosen": f"{long} A", "rejected": f"{long} B"},
+    ]
+    data.mkdir()
+    for name, part in (("train", rows[:100] + rough), ("test", rows[100:140])):
+        with gzip.open(data / f"{name}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in part))
+    sizes = QUICK | dict(prompt_tokens=32, response_tokens=40)
+    options = [word for key, value in sizes.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    assert p3o.main(["--model", str(model), "--data", str(data), "--out", str(out), *options]) == 0
+    shown = capsys.readouterr().out
+    for reason in ("no shared prompt", "a new human turn in a response", "empty response", "equal responses"):
+        assert f"1 of 106 rows dropped: {reason}" in shown
+    assert "1 of 102 pairs dropped: equal after 40 tokens" in shown
+    assert "102 training and 40 held-out pairs" in shown
+    tokenizer = AutoTokenizer.from_pretrained(out / "p3o")
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id < len(weights(out)["p3o.transformer.wte.weight"])
 
 
 def test_a_directory_that_no_run_made_is_left_alone(quick, tmp_path, capsys):

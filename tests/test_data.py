@@ -1,11 +1,13 @@
 """The shipped data, its judge, and the loader."""
 
+import gzip
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import judge
 import pytest
 
@@ -21,7 +23,7 @@ def shipped() -> dict[str, list[p3o.Pair]]:
 
 def test_regenerating_gives_the_same_bytes(tmp_path):
     subprocess.run([sys.executable, str(DATA / "generate.py"), str(tmp_path)], check=True)
-    for name in ("train.jsonl", "heldout.jsonl"):
+    for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
@@ -114,7 +116,7 @@ def dialogue(*turns: str) -> str:
 
 
 def test_a_row_is_split_after_the_last_assistant_turn_that_both_share():
-    pair = p3o.split_dialogues(dialogue("Hi", "Hello", "Help", "Yes"), dialogue("Hi", "Hello", "Help", "Yes, gladly"))
+    pair = p3o.split_row(dialogue("Hi", "Hello", "Help", "Yes"), dialogue("Hi", "Hello", "Help", "Yes, gladly"))
     assert pair == (dialogue("Hi", "Hello", "Help", "").removesuffix(" "), " Yes", " Yes, gladly")
     assert pair.prompt.endswith("\n\nAssistant:")
 
@@ -132,7 +134,7 @@ def test_a_row_is_split_after_the_last_assistant_turn_that_both_share():
     ],
 )
 def test_rows_that_cannot_be_used_are_dropped_with_their_reason(reason, chosen, rejected):
-    assert p3o.split_dialogues(chosen, rejected) == reason
+    assert p3o.split_row(chosen, rejected) == reason
 
 
 def test_dropped_rows_are_counted(tmp_path, capsys):
@@ -155,6 +157,58 @@ def test_a_single_file_holds_out_whole_prompts(tmp_path):
     assert len(train) + len(heldout) == len({*train, *heldout}) == 600
     assert 30 <= len(heldout) <= 90
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
+
+
+def test_a_row_may_bring_its_prompt():
+    """The ecosystem's explicit format; what the responses share belongs to them."""
+    assert p3o.split_row(" Yes, do", " Yes, wait", dialogue("Go?", "")) == (
+        dialogue("Go?", ""),
+        " Yes, do",
+        " Yes, wait",
+    )
+    assert p3o.split_row("A", "B", "Question: 1 + 1?") == ("Question: 1 + 1?", "A", "B")
+    assert p3o.split_row(" ", "B", "Go?") == "empty response"
+
+
+ROWS = [{"chosen": dialogue(f"Hi {i}", f'"A", {i}'), "rejected": dialogue(f"Hi {i}", "B\nC")} for i in range(40)]
+
+
+@pytest.mark.parametrize("name", ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"))
+def test_every_file_format_gives_the_same_pairs(name, tmp_path):
+    rows = [{"prompt": None, **ROWS[0]}, *ROWS[1:]]  # a prompt may be missing here and there
+    table, path, plain = datasets.Dataset.from_list(rows), tmp_path / name, tmp_path / "plain"
+    if ".parquet" in name:
+        table.to_parquet(plain)
+    elif ".csv" in name:
+        table.to_csv(plain)
+    else:
+        table.to_json(plain, lines=".jsonl" in name)
+    path.write_bytes(gzip.compress(plain.read_bytes()) if name.endswith(".gz") else plain.read_bytes())
+    train, heldout = p3o.load_pairs(str(path))
+    assert {*train, *heldout} == {p3o.split_row(**row) for row in ROWS}
+
+
+def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(tmp_path):
+    for name, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
+        with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in part))
+    (tmp_path / "readme.py").write_text("not data")
+    train, heldout = p3o.load_pairs(str(tmp_path))
+    assert train == [p3o.split_row(**row) for row in ROWS[:30]]
+    assert heldout == [p3o.split_row(**row) for row in ROWS[30:]]
+
+
+def test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last(tiny):
+    tokenizer = tiny[2]
+    turns = [dialogue("one two three four five", "six seven"), dialogue("eight", "nine"), dialogue("ten eleven", "")]
+    sizes = [len(tokenizer("".join(turns[i:]))["input_ids"]) for i in range(3)]
+    for limit, kept in ((sizes[0], turns), (sizes[0] - 1, turns[1:]), (sizes[1] - 1, turns[2:])):
+        cfg = p3o.Config(**p3o.SMALL | dict(prompt_tokens=limit))
+        (example,) = p3o.tokenize([p3o.Pair("".join(turns), " A", " B")], tokenizer, cfg)
+        assert tokenizer.decode(example.prompt) == "".join(kept), f"at most {limit} tokens"
+    cfg = p3o.Config(**p3o.SMALL | dict(prompt_tokens=2))
+    (example,) = p3o.tokenize([p3o.Pair("".join(turns), " A", " B")], tokenizer, cfg)
+    assert example.prompt == tokenizer("".join(turns))["input_ids"][-2:]
 
 
 def test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos(tiny):
