@@ -47,7 +47,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -72,7 +71,7 @@ def option(default: Any, help: str, **rule: Any) -> Any:
 @dataclass
 class Config:
     small: bool = option(False, "a tiny GPT-2 on the shipped data, in about a minute on two cores")
-    model: str = option("gpt2", "causal language model: a hub name, a directory, or 'tiny' to build one")
+    model: str = option("gpt2", "causal language model: a hub name or a directory")
     data: str = option("Anthropic/hh-rlhf", "preference pairs: a hub name, a file or a directory")
     out: str = option("runs/gpt2", "directory for models and metrics; run again to resume")
     seed: int = option(0, "fixes data order, samples and fresh weights", least=0)
@@ -107,9 +106,9 @@ class Config:
 
 
 SMALL: dict[str, Any] = dict(
-    small=True, model="tiny", data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32, response_tokens=40,
-    sft_epochs=2, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=80, pairs=64, minibatch=32, inner_epochs=2,
-    lr=2e-3,
+    small=True, model=str(SHIPPED_DATA / "tiny"), data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32,
+    response_tokens=40, sft_epochs=2, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=80, pairs=64,
+    minibatch=32, inner_epochs=2, lr=2e-3,
 )  # fmt: skip
 
 
@@ -196,29 +195,15 @@ def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrai
 
 
 # ---- Models: sampling, log-probabilities, scores ---------------------------------------------------------------------
-def build_tiny(texts: list[str], cfg: Config) -> tuple[PreTrainedModel, Any]:
-    """GPT-2's architecture at 2 layers of width 64 with fresh weights, and a byte-level BPE trained on the texts."""
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-    bpe.train_from_iterator(texts, 1000, special_tokens=list(special.values()), show_progress=False)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
-    tokenizer.add_tokens([HUMAN, ASSISTANT])  # one token a marker, as chat templates have it
-    config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=cfg.prompt_tokens + cfg.response_tokens, n_embd=64, n_layer=2, n_head=4,
-        initializer_range=0.06,  # GPT-2's 0.02 is for width 768
-        activation_function="relu",  # GELU would take a third of the time at this size
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config), tokenizer
-
-
-def load_base(cfg: Config, train: list[Pair]) -> tuple[PreTrainedModel, Any]:
+def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
     """The model that SFT starts from. EOS and padding are different tokens, and both are in the vocabulary."""
-    if cfg.model == "tiny":
-        return build_tiny([pair.prompt + text for pair in train for text in pair[1:]], cfg)
+    tiny = Path(cfg.model).resolve() == SHIPPED_DATA / "tiny"  # a tokenizer and a configuration, no weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+        if tiny:
+            model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(cfg.model))
+        else:
+            model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {cfg.model!r}: {str(error).splitlines()[0]}; --small needs none") from None
     positions = getattr(model.config, "max_position_embeddings", math.inf)
@@ -573,7 +558,7 @@ def run(cfg: Config) -> None:
         return kind.from_pretrained(out / name, dtype=torch.float32, **options).to(cfg.device)  # in eval mode
 
     if log := start_stage(cfg, "sft"):
-        policy, tokenizer = load_base(cfg, train_pairs)
+        policy, tokenizer = load_base(cfg)
         train_sft(policy.to(cfg.device), tokenize(train_pairs, tokenizer, cfg), cfg, log)
         finish_stage(cfg, "sft", policy, tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(out / "sft")

@@ -1,6 +1,7 @@
-"""Write train.jsonl and test.jsonl, held out: preference pairs between two mediocre answers, labelled by Bradley-Terry.
+"""Write train.jsonl and test.jsonl, held out: preference pairs between two mediocre answers, labelled by Bradley-Terry;
+and tiny/, the tokenizer and the configuration of the model that `python p3o.py --small` trains on them.
 
-python data/generate.py [DIRECTORY]      # default: beside this file; always the same bytes
+python data/generate.py [DIRECTORY]      # default: beside this file; always the same
 """
 
 import json
@@ -11,6 +12,8 @@ import zlib
 from pathlib import Path
 
 import judge
+import tokenizers
+import transformers
 
 SEED, TRAIN_PAIRS, HELDOUT_PAIRS, HELDOUT_SHARE = 2310, 12000, 800, 6
 FRAMES = [
@@ -82,13 +85,34 @@ def write_row(rng: random.Random, heldout: bool) -> dict[str, str]:
     return {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"}
 
 
+def write_tiny(directory: Path, texts: list[str]) -> None:
+    """GPT-2's architecture at 2 layers of width 64, without weights, and a byte-level BPE trained on the texts."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    bpe.train_from_iterator(texts, 1000, special_tokens=list(special.values()), show_progress=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+    tokenizer.add_tokens(["\n\nHuman:", "\n\nAssistant:"])  # one token a marker, as chat templates have it
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=72, n_embd=64, n_layer=2, n_head=4,
+        initializer_range=0.06,  # GPT-2's 0.02 is for width 768
+        activation_function="relu",  # GELU would take a third of the time at this size
+        bos_token_id=eos, eos_token_id=eos, pad_token_id=pad, architectures=["GPT2LMHeadModel"],
+    )  # fmt: skip
+    tokenizer.save_pretrained(directory)
+    config.save_pretrained(directory)
+
+
 def main(directory: Path) -> None:
     rng = random.Random(SEED)
     for name, count, heldout in [("train", TRAIN_PAIRS, False), ("test", HELDOUT_PAIRS, True)]:
-        rows: dict[str, None] = {}
+        rows: dict[str, dict] = {}
         while len(rows) < count:
-            rows[json.dumps(write_row(rng, heldout))] = None
+            row = write_row(rng, heldout)
+            rows[json.dumps(row)] = row
         (directory / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in rows), newline="\n")
+        if name == "train":
+            write_tiny(directory / "tiny", [row[key] for row in rows.values() for key in row])
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def tiny(rows):
     torch.manual_seed(0)
     cfg = p3o.Config(**p3o.SMALL | QUICK)
     pairs = [p3o.split_row(row["chosen"], row["rejected"]) for row in rows]
-    policy, tokenizer = p3o.build_tiny([pair.prompt + pair.chosen for pair in pairs], cfg)
+    policy, tokenizer = p3o.load_base(cfg)
     policy.config.num_labels = 1
     reward_model = GPT2ForSequenceClassification(policy.config)
     reward_model.transformer.load_state_dict(policy.transformer.state_dict())

@@ -23,7 +23,7 @@ def shipped() -> dict[str, list[p3o.Pair]]:
 
 def test_regenerating_gives_the_same_bytes(tmp_path):
     subprocess.run([sys.executable, str(DATA / "generate.py"), str(tmp_path)], check=True)
-    for name in ("train.jsonl", "test.jsonl"):
+    for name in ("train.jsonl", "test.jsonl", *(f"tiny/{file.name}" for file in (DATA / "tiny").iterdir())):
         assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
 
 
