@@ -56,6 +56,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
+mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())  # weights, losses: fp32
 Log = Callable[..., None]  # log(step, **metrics) writes one line of metrics.jsonl
 
 
@@ -94,6 +95,7 @@ class Config:
     minibatch: int = option(16, "stage 3: pairs per update", least=1)
     inner_epochs: int = option(4, "stage 3: passes over each iteration's pairs", least=1)
     lr: float = option(2e-6, "stage 3: peak learning rate", least=0)
+    micro_batch: int = option(8, "rows or pairs per backward pass; fewer take less memory for the same update", least=1)
     eval_prompts: int = option(512, "held-out prompts that SFT and P3O answer at the end", least=2)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,7 @@ class Config:
 SMALL: dict[str, Any] = dict(
     small=True, model=str(SHIPPED_DATA / "tiny"), data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32,
     response_tokens=40, sft_epochs=2, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=80, pairs=64,
-    minibatch=32, inner_epochs=2, lr=2e-3,
+    minibatch=32, inner_epochs=2, lr=2e-3, micro_batch=32,
 )  # fmt: skip
 
 
@@ -219,6 +221,7 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
 
 
 @torch.no_grad()
+@mixed_precision
 def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Draw n responses a prompt from π by `generate`, up to the first EOS: ids and mask (B, n, T) as `collate`'s."""
     P, eos, pad = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id
@@ -237,6 +240,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
     return tuple(rows.gather(1, order).view(len(prompts), n, -1) for rows in (out, mask))
 
 
+@mixed_precision
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """log π(y^t | x, y^<t) of each response token in nats, 0 elsewhere: (…, T−1) from ids and mask (…, T).
 
@@ -253,10 +257,12 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
 
 def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """r(x, y), one score a response, read at its last token, EOS included, and nowhere else: (…) from (…, T) twice."""
-    hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
+    with mixed_precision:
+        hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
     positions = torch.arange(ids.shape[-1], device=ids.device)  # (T,)
     last = (positions * response_mask.flatten(0, -2)).argmax(-1, keepdim=True)  # (N, 1): the last True
-    return model.score(hidden.take_along_dim(last[..., None], 1)).float().view(ids.shape[:-1])
+    picked = hidden.take_along_dim(last[..., None], 1).to(model.score.weight.dtype)  # (N, 1, D), no longer bf16
+    return model.score(picked).float().view(ids.shape[:-1])
 
 
 # ---- The two losses: tensors in, tensors out -------------------------------------------------------------------------
@@ -319,15 +325,14 @@ def make_optimizer(groups: list[dict[str, Any]], steps: int) -> tuple[torch.opti
     return optimizer, transformers.get_linear_schedule_with_warmup(optimizer, math.ceil(0.05 * steps), steps)
 
 
-def gradient_step(loss: Tensor, optimizer: torch.optim.Optimizer, schedule: Any) -> float:
-    """One update; returns the gradient norm before clipping. Raises FloatingPointError if not finite."""
-    optimizer.zero_grad()
-    loss.backward()
+def gradient_step(optimizer: torch.optim.Optimizer, schedule: Any) -> float:
+    """One update by the summed gradients, then forgotten; returns their norm before clipping. Raises if not finite."""
     norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0).item()
-    if not math.isfinite(norm + loss.item()):
-        raise FloatingPointError(f"loss {loss.item()} and gradient norm {norm} must be finite; lower the learning rate")
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"update {schedule.last_epoch}: gradient norm {norm} must be finite; lower its --lr")
     optimizer.step()
     schedule.step()
+    optimizer.zero_grad()
     return norm
 
 
@@ -347,9 +352,13 @@ def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: L
     for step, rows in enumerate(bar):
         prompts, chosen, _ = zip(*rows, strict=True)
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
-        loss = -response_logprobs(policy, ids, response_mask).sum() / response_mask.sum()
-        log(step, **{"sft/loss": loss.item(), "sft/grad_norm": gradient_step(loss, optimizer, schedule)})
-        bar.set_postfix(loss=loss.item())
+        total = 0.0
+        for part in zip(ids.split(cfg.micro_batch), response_mask.split(cfg.micro_batch), strict=True):
+            loss = -response_logprobs(policy, *part).sum() / response_mask.sum()  # a part of the mean over all tokens
+            loss.backward()
+            total += loss.item()
+        log(step, **{"sft/loss": total, "sft/grad_norm": gradient_step(optimizer, schedule)})
+        bar.set_postfix(loss=total)
 
 
 def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
@@ -363,14 +372,18 @@ def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log:
     optimizer, schedule = make_optimizer(groups, steps)
     bar = tqdm(islice(chain.from_iterable(repeat(loader)), steps), "2 reward", steps)
     for step, rows in enumerate(bar):
-        scores = score_pairs(model, rows)  # (B, 2): chosen, rejected
-        loss = bradley_terry_loss(scores[:, 0], scores[:, 1])
+        total = accuracy = 0.0
+        for i in range(0, len(rows), cfg.micro_batch):
+            scores = score_pairs(model, rows[i : i + cfg.micro_batch])  # (b, 2): chosen, rejected
+            loss = bradley_terry_loss(scores[:, 0], scores[:, 1]) * len(scores) / len(rows)  # a part of the mean
+            loss.backward()
+            total += loss.item()
+            accuracy += (scores[:, 0] > scores[:, 1]).sum().item() / len(rows)
         if step == 0:
-            self_check("reward loss starts at ln 2", abs(loss.item() - math.log(2)) < 1e-6)
-        figures = {"loss": loss.item(), "accuracy": (scores[:, 0] > scores[:, 1]).float().mean().item()}
-        figures["grad_norm"] = gradient_step(loss, optimizer, schedule)
-        log(step, **{f"reward/{key}": value for key, value in figures.items()})
-        bar.set_postfix(loss=figures["loss"], accuracy=figures["accuracy"])
+            self_check("reward loss starts at ln 2", abs(total - math.log(2)) < 1e-6)
+        norm = gradient_step(optimizer, schedule)
+        log(step, **{"reward/loss": total, "reward/accuracy": accuracy, "reward/grad_norm": norm})
+        bar.set_postfix(loss=total, accuracy=accuracy)
 
 
 def score_pairs(model: PreTrainedModel, rows: list[Pair]) -> Tensor:
@@ -397,9 +410,9 @@ def train_policy(
 ) -> None:  # fmt: skip
     """Stage 3: sample a pair for each of cfg.pairs prompts, score it (B, 2, T) → (B, 2), update, throw it away.
 
-    No dropout or weight decay; each inner epoch shuffles the pairs. Each iteration logs the means of loss_fn's metrics,
-    loss/policy and policy/grad_norm over its updates, and of objective/scores, /kl (log π_old − log π_ref), /entropy,
-    response/length and /finished (by EOS) over its samples.
+    No dropout or weight decay; each inner epoch shuffles the pairs; a minibatch's gradient adds up over micro-batches.
+    Each iteration logs the means of loss_fn's metrics, loss/policy and policy/grad_norm over the pairs it updates on,
+    and of objective/scores, /kl (log π_old − log π_ref), /entropy, response/length and /finished (by EOS) over samples.
     """
     policy.eval()
     options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
@@ -413,26 +426,28 @@ def train_policy(
         # 2. what does not change during the inner epochs
         with torch.no_grad():
             scores = score(ids, response_mask)  # (B, 2)
-            chunks = torch.arange(len(batch)).split(cfg.minibatch)  # the minibatches' shape: ratio 1 to the last bit
+            chunks = torch.arange(len(batch)).split(cfg.micro_batch)  # micro-batches' shape: ratio 1 to the last bit
             old_logprobs, ref_logprobs = (
                 torch.cat([response_logprobs(model, ids[c], response_mask[c]).sum(-1) for c in chunks])
                 for model in (policy, reference)
             )  # (B, 2)
         # 3. updates on minibatches of pairs
-        updates: list[dict[str, Tensor | float]] = []
+        sums: dict[str, Any] = defaultdict(float)  # of each metric over all pairs of all inner epochs
         for _ in range(cfg.inner_epochs):
-            for pairs in torch.randperm(len(batch)).split(cfg.minibatch):
-                logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).sum(-1)  # (b, 2)
-                old, ref = old_logprobs[pairs], ref_logprobs[pairs]  # (b, 2)
-                loss, metrics = loss_fn(logprobs, old, ref, scores[pairs], **options)
-                if iteration == 0 and not updates:
-                    for claim, other in (("ratio = 1", old), ("KL = 0", ref)):
+            for minibatch in torch.randperm(len(batch)).split(cfg.minibatch):
+                for pairs in minibatch.split(cfg.micro_batch):  # their gradients add up to the minibatch's
+                    logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).sum(-1)  # (b, 2)
+                    old, ref = old_logprobs[pairs], ref_logprobs[pairs]  # (b, 2)
+                    loss, metrics = loss_fn(logprobs, old, ref, scores[pairs], **options)
+                    for claim, other in (("ratio = 1", old), ("KL = 0", ref)) if iteration == 0 and not sums else ():
                         drift = (logprobs - other).abs().max().item()
                         self_check(f"{claim} before the first update (largest |log ratio| {drift:.0e})", drift < 1e-4)
-                norm = gradient_step(loss, optimizer, schedule)
-                updates.append(metrics | {"loss/policy": loss.detach(), "policy/grad_norm": norm})
+                    (loss * len(pairs) / len(minibatch)).backward()
+                    for key, value in (metrics | {"loss/policy": loss.detach()}).items():
+                        sums[key] += value * len(pairs)
+                sums["policy/grad_norm"] += gradient_step(optimizer, schedule) * len(minibatch)
         # 4. metrics
-        row = {key: float(sum(update[key] for update in updates)) / len(updates) for key in updates[0]} | {
+        row = {key: float(value) / (cfg.inner_epochs * len(batch)) for key, value in sums.items()} | {
             "objective/scores": scores.mean().item(),
             "objective/kl": (old_logprobs - ref_logprobs).mean().item(),
             "objective/entropy": -old_logprobs.mean().item(),
@@ -535,7 +550,7 @@ def write_atomically(path: Path, text: str) -> None:
 def open_out(cfg: Config, pairs: Any) -> Path:
     """Make the output directory, or accept the one that this very configuration made from this very data."""
     out, config = Path(cfg.out), Path(cfg.out) / "config.json"
-    mine = asdict(cfg) | {"out": None, "data_crc": zlib.crc32(repr(pairs).encode())}
+    mine = asdict(cfg) | {"out": None, "micro_batch": None, "data_crc": zlib.crc32(repr(pairs).encode())}
     if out.exists() and not config.exists() and any(file.suffix != ".partial" for file in out.iterdir()):
         raise UserError(f"{out} exists and is not a run of p3o.py; choose another --out")
     if not any((out / stage).exists() for stage in ("sft", "reward", "p3o")):  # nothing to lose yet

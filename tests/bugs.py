@@ -13,7 +13,6 @@ class Bug(NamedTuple):
     caught_by: str
 
 
-BACKWARD = "    loss.backward()\n"
 CLIP = (
     '    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0).item()\n'
 )
@@ -285,9 +284,9 @@ BUGS = [
     ),
     # ---- the stages
     Bug(
-        "gradient clipped before backward",
-        BACKWARD + CLIP,
-        CLIP + BACKWARD,
+        "updated before the gradient is clipped",
+        CLIP,
+        "    optimizer.step()\n" + CLIP,
         "test_a_step_clips_the_gradient_to_norm_1_and_reports_its_norm_before",
     ),
     Bug(
@@ -304,8 +303,8 @@ BUGS = [
     ),
     Bug(
         "SFT loss averaged over padding",
-        "loss = -response_logprobs(policy, ids, response_mask).sum() / response_mask.sum()",
-        "loss = -response_logprobs(policy, ids, response_mask).mean()",
+        "loss = -response_logprobs(policy, *part).sum() / response_mask.sum()",
+        "loss = -response_logprobs(policy, *part).sum() / response_mask[:, 1:].numel()",
         "test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses",
     ),
     Bug(
@@ -373,6 +372,18 @@ BUGS = [
         '[p for g in optimizer.param_groups for p in g["params"]]',
         'optimizer.param_groups[0]["params"]',
         "test_a_step_clips_the_norm_over_all_parameter_groups",
+    ),
+    Bug(
+        "micro-batches count alike, whatever their size",
+        "(loss * len(pairs) / len(minibatch)).backward()",
+        "(loss * cfg.micro_batch / cfg.minibatch).backward()",
+        "test_micro_batches_change_memory_and_not_the_update",
+    ),
+    Bug(
+        "an update for each micro-batch",
+        '                sums["policy/grad_norm"] += gradient_step(optimizer, schedule) * len(minibatch)',
+        '                    sums["policy/grad_norm"] += gradient_step(optimizer, schedule) * len(pairs)',
+        "test_micro_batches_change_memory_and_not_the_update",
     ),
     Bug(
         "schedule of one pass, training of several",

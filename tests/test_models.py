@@ -431,9 +431,14 @@ def plain_sgd(weight: torch.nn.Parameter):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
+def step(loss, optimizer, schedule) -> float:
+    loss.backward()
+    return p3o.gradient_step(optimizer, schedule)
+
+
 def test_a_step_clips_the_gradient_to_norm_1_and_reports_its_norm_before():
     weight = torch.nn.Parameter(torch.zeros(2))
-    norm = p3o.gradient_step((weight * torch.tensor([3.0, 4.0])).sum(), *plain_sgd(weight))
+    norm = step((weight * torch.tensor([3.0, 4.0])).sum(), *plain_sgd(weight))
     assert norm == pytest.approx(5.0), "the norm should be the one before clipping, of this loss's gradient"
     assert torch.allclose(weight.detach(), torch.tensor([-0.6, -0.8]))
 
@@ -443,7 +448,7 @@ def test_a_step_clips_the_norm_over_all_parameter_groups():
     body, head = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizer = torch.optim.SGD([{"params": [body]}, {"params": [head]}], lr=1.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    assert p3o.gradient_step((3 * body + 4 * head).sum(), optimizer, schedule) == pytest.approx(5.0)
+    assert step((3 * body + 4 * head).sum(), optimizer, schedule) == pytest.approx(5.0)
     assert (body.item(), head.item()) == pytest.approx((-0.6, -0.8))
 
 
@@ -451,7 +456,7 @@ def test_a_step_forgets_the_gradient_of_the_step_before():
     weight = torch.nn.Parameter(torch.zeros(2))
     optimizer, schedule = plain_sgd(weight)
     for _ in range(2):
-        p3o.gradient_step((weight * torch.tensor([0.3, 0.4])).sum(), optimizer, schedule)
+        step((weight * torch.tensor([0.3, 0.4])).sum(), optimizer, schedule)
     assert torch.allclose(weight.detach(), -2 * torch.tensor([0.3, 0.4]))
 
 
@@ -459,7 +464,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update():
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer, schedule = p3o.make_optimizer([{"params": [weight], "lr": 1.0}], 1)
     with pytest.raises(FloatingPointError):
-        p3o.gradient_step((weight * math.nan).sum(), optimizer, schedule)
+        step((weight * math.nan).sum(), optimizer, schedule)
     assert torch.equal(weight.detach(), torch.ones(2))
 
 
@@ -469,7 +474,7 @@ def test_the_learning_rate_warms_up_over_a_twentieth_then_falls_to_zero():
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
-        p3o.gradient_step(weight.sum(), optimizer, schedule)
+        step(weight.sum(), optimizer, schedule)
     assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[-1] == pytest.approx(1 / 95)
 
@@ -585,6 +590,41 @@ def test_every_stage_turns_dropout_off(tiny, fresh, stage):
     with torch.no_grad():
         first, second = (model.base_model(ids).last_hidden_state for _ in range(2))
     assert torch.equal(first, second), "dropout is on"
+
+
+@pytest.mark.parametrize("stage", ("sft", "reward", pytest.param("policy", marks=policy_stage)))
+def test_micro_batches_change_memory_and_not_the_update(tiny, fresh, stage):
+    """One at a time, two, four with two left over, all at once: the same metrics and weights, in float64."""
+    policy, reward_model, *_ = tiny
+    examples, results = encode(tiny, 12), []
+    for size in (1, 2, 4, 12):
+        model, rows, seen = fresh(reward_model if stage == "reward" else policy).double(), [], []
+        cfg = small(
+            batch=6, sft_epochs=1, reward_epochs=1, iterations=2, pairs=12, minibatch=6, response_tokens=6,
+            micro_batch=size,
+        )  # fmt: skip
+
+        def log(step, rows=rows, **row):
+            rows.append(row)
+
+        def spy(logprobs, *rest, seen=seen, **options):
+            seen.append(len(logprobs))
+            return p3o.p3o_loss(logprobs, *rest, **options)
+
+        torch.manual_seed(0)
+        if stage == "policy":
+            p3o.train_policy(model, copy.deepcopy(model), even_share, [e.prompt for e in examples], cfg, log, spy)
+            assert max(seen) == min(size, 6)
+        else:
+            train = {"sft": p3o.train_sft, "reward": p3o.train_reward}[stage]
+            train(model, examples, cfg, log)
+        results.append((rows, list(model.parameters())))
+    (rows, weights), *others = results
+    for other_rows, other_weights in others:
+        for row, other in zip(rows, other_rows, strict=True):
+            assert row == pytest.approx(other, rel=1e-4, abs=1e-6), "the metrics depend on the micro-batch"
+        same = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, other_weights, strict=True))
+        assert same, "the update depends on the micro-batch"
 
 
 @gain
