@@ -79,9 +79,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     clip: str = option("joint", "joint (V2), separate (V1) or none", choices=("joint", "separate", "none"))
     beta: float = option(0.05, "price of KL to the SFT model, in reward per nat", least=0)
-    clip_range: float = option(
-        0.2, "ε: half-width of the clip, on log(ρ_1/ρ_2) if joint, on each ρ if separate", least=0
-    )
+    clip_range: float = option(0.2, "ε: half-width of the clip, of log(ρ_1/ρ_2) or of each ρ", least=0)
     ratio_bound: float = option(10.0, "c: importance weights are kept in [1/c, c]", least=1)
     prompt_tokens: int = option(384, "longer prompts lose their first turns", least=1)
     response_tokens: int = option(128, "longest response", least=1)
@@ -140,7 +138,9 @@ def load_pairs(source: str) -> tuple[list[Pair], list[Pair]]:
     path = Path(source).expanduser().absolute()
     if not path.exists() and (path.suffix or source.startswith((".", "/", "~"))):
         raise UserError(f"--data {source}: no such file or directory")
-    place = {"path": str(path.parent), "data_files": path.name} if path.is_file() else {"path": source}
+    place = {"path": str(path) if path.is_dir() else source}
+    if path.is_file():
+        place = {"path": str(path.parent), "data_files": path.name}
     try:
         splits = {split: rows.to_list() for split, rows in datasets.load_dataset(**place).items()}
     except (ValueError, StopIteration, OSError, datasets.exceptions.DatasetsError) as error:
@@ -261,8 +261,7 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
         hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
     positions = torch.arange(ids.shape[-1], device=ids.device)  # (T,)
     last = (positions * response_mask.flatten(0, -2)).argmax(-1, keepdim=True)  # (N, 1): the last True
-    picked = hidden.take_along_dim(last[..., None], 1).to(model.score.weight.dtype)  # (N, 1, D), no longer bf16
-    return model.score(picked).float().view(ids.shape[:-1])
+    return model.score(hidden.take_along_dim(last[..., None], 1)).float().view(ids.shape[:-1])  # the head in fp32
 
 
 # ---- The two losses: tensors in, tensors out -------------------------------------------------------------------------

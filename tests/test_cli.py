@@ -72,6 +72,10 @@ def test_a_run_leaves_models_metrics_and_a_summary(quick, capsys):
     same = all(again[key] == before[key] for key in before if key != "seconds")
     assert same, "the evaluation of a finished run should give the same figures: is it seeded?"
 
+    # less memory, the same run
+    assert p3o.main([*quick, "--micro-batch", "4"]) == 0
+    capsys.readouterr()
+
     # with another configuration: refused, and nothing is touched
     kept = (out / "summary.json").read_bytes()
     assert p3o.main([*quick, "--beta", "0.3"]) == 2

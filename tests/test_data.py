@@ -161,11 +161,8 @@ def test_a_single_file_holds_out_whole_prompts(tmp_path):
 
 def test_a_row_may_bring_its_prompt():
     """The ecosystem's explicit format; what the responses share belongs to them."""
-    assert p3o.split_row(" Yes, do", " Yes, wait", dialogue("Go?", "")) == (
-        dialogue("Go?", ""),
-        " Yes, do",
-        " Yes, wait",
-    )
+    parts = (" Yes, do", " Yes, wait", dialogue("Go?", ""))
+    assert p3o.split_row(*parts) == (parts[2], *parts[:2])
     assert p3o.split_row("A", "B", "Question: 1 + 1?") == ("Question: 1 + 1?", "A", "B")
     assert p3o.split_row(" ", "B", "Go?") == "empty response"
 
@@ -188,7 +185,7 @@ def test_every_file_format_gives_the_same_pairs(name, tmp_path):
     assert {*train, *heldout} == {p3o.split_row(**row) for row in ROWS}
 
 
-def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(tmp_path):
+def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(tmp_path, monkeypatch):
     for name, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
         with gzip.open(tmp_path / f"{name}.jsonl.gz", "wt") as file:
             file.write("".join(json.dumps(row) + "\n" for row in part))
@@ -196,6 +193,8 @@ def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(tm
     train, heldout = p3o.load_pairs(str(tmp_path))
     assert train == [p3o.split_row(**row) for row in ROWS[:30]]
     assert heldout == [p3o.split_row(**row) for row in ROWS[30:]]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert p3o.load_pairs(f"~/{tmp_path.name}") == (train, heldout)
 
 
 def test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last(tiny):

@@ -755,6 +755,29 @@ def test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step(tiny, pro
 
 
 @policy_stage
+def test_in_mixed_precision_log_probs_and_scores_are_float32_and_the_ratio_is_1(tiny, prompts, monkeypatch):
+    """What a GPU does, with the CPU's bf16: the reward head is applied in fp32, old and new log-probs still agree."""
+    policy, reward_model, *_ = tiny
+    ids, mask = batch(tiny)
+    monkeypatch.setattr(p3o, "mixed_precision", torch.autocast("cpu", torch.bfloat16))
+    with torch.no_grad():
+        scores = p3o.reward_scores(reward_model, ids, mask)
+        with p3o.mixed_precision:
+            hidden = reward_model.base_model(ids).last_hidden_state
+    last = (mask * torch.arange(ids.shape[1])).argmax(1)
+    exact = hidden[torch.arange(len(ids)), last].double() @ reward_model.score.weight[0].double()
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores.double(), exact, rtol=1e-5, atol=1e-6), "the head was applied in bf16"
+    cfg = small(iterations=1, pairs=16, minibatch=8, micro_batch=4, lr=0.0, response_tokens=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        *_, seen = run_policy(policy, policy, length_score, prompts, cfg)
+        full = p3o.response_logprobs(policy, ids, mask)
+    assert all(torch.equal(u["logprobs"], u["old"]) and torch.equal(u["logprobs"], u["ref"]) for u in seen)
+    assert seen[0]["logprobs"].dtype == full.dtype == torch.float32
+    assert not torch.equal(full, p3o.response_logprobs(policy, ids, mask)), "autocast did nothing, so nothing was shown"
+
+
+@policy_stage
 def test_the_ratio_is_against_the_sampling_policy_and_moves_during_the_inner_steps(tiny, prompts):
     cfg = small(iterations=2, pairs=16, minibatch=16, inner_epochs=3, response_tokens=6)
     *_, seen = run_policy(tiny[0], tiny[0], even_share, prompts, cfg)
