@@ -1,11 +1,8 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tqdm==4.70.1"]
-# ///
 """RLHF with Pairwise Proximal Policy Optimization (P3O, arXiv 2310.00212), in one file, read from top to bottom.
 
-    python p3o.py --small      # a tiny GPT-2 on the data in data/: about a minute on a laptop, no network
-    python p3o.py              # GPT-2 (124M) on Anthropic HH, one GPU
+    python p3o.py --small           # a tiny GPT-2 on the data in data/: about a minute on a laptop, no network
+    python p3o.py --small --chat    # ask the two models of that run
+    python p3o.py                   # GPT-2 (124M) on Anthropic HH, one GPU
 
 Three stages, each a function below with its loop in plain sight, x a prompt and y a whole response:
 
@@ -29,20 +26,17 @@ Left out: a value network and GAE (a response is one action, its partner the bas
 
 import argparse
 import json
-import logging
 import math
 import os
 import runpy
 import shutil
 import sys
-import textwrap
 import time
 import zlib
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +49,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
+STAGES = ("sft", "reward", "p3o")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
-mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())  # weights, losses: fp32
-Log = Callable[..., None]  # log(step, **metrics) writes one line of metrics.jsonl
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=DEVICE == "cuda")  # weights and losses stay fp32
 
 
 class UserError(Exception):
@@ -72,11 +67,11 @@ def option(default: Any, help: str, **rule: Any) -> Any:
 @dataclass
 class Config:
     small: bool = option(False, "a tiny GPT-2 on the shipped data, in about a minute on two cores")
+    chat: bool = option(False, "with the options of a finished run: type prompts, see SFT's and P3O's answers")
     model: str = option("gpt2", "causal language model: a hub name or a directory")
     data: str = option("Anthropic/hh-rlhf", "preference pairs: a hub name, a file or a directory")
     out: str = option("runs/gpt2", "directory for models and metrics; run again to resume")
     seed: int = option(0, "fixes data order, samples and fresh weights", least=0)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
     clip: str = option("joint", "joint (V2), separate (V1) or none", choices=("joint", "separate", "none"))
     beta: float = option(0.05, "price of KL to the SFT model, in reward per nat", least=0)
     clip_range: float = option(0.2, "ε: half-width of the clip, of log(ρ_1/ρ_2) or of each ρ", least=0)
@@ -84,37 +79,35 @@ class Config:
     prompt_tokens: int = option(384, "longer prompts lose their first turns", least=1)
     response_tokens: int = option(128, "longest response", least=1)
     batch: int = option(32, "stages 1 and 2: rows per update", least=1)
-    sft_epochs: int = option(1, "stage 1: passes over the preferred responses", least=1)
+    epochs: int = option(1, "stages 1 and 2: passes over the data", least=1)
     sft_lr: float = option(5e-5, "stage 1: peak learning rate", least=0)
-    reward_epochs: int = option(1, "stage 2: passes over the pairs", least=1)
     reward_lr: float = option(2e-5, "stage 2: peak learning rate", least=0)
     iterations: int = option(1000, "stage 3: rounds of sampling and updating", least=1)
     pairs: int = option(128, "stage 3: prompts per iteration, two responses each", least=1)
     minibatch: int = option(16, "stage 3: pairs per update", least=1)
     inner_epochs: int = option(4, "stage 3: passes over each iteration's pairs", least=1)
     lr: float = option(2e-6, "stage 3: peak learning rate", least=0)
-    micro_batch: int = option(8, "rows or pairs per backward pass; fewer take less memory for the same update", least=1)
-    eval_prompts: int = option(512, "held-out prompts that SFT and P3O answer at the end", least=2)
+    micro_batch: int = option(4, "rows or pairs per backward pass; fewer take less memory for the same update", least=1)
+    eval_prompts: int = option(256, "held-out prompts that SFT and P3O answer at the end, all at once", least=2)
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, name, rule = getattr(self, f.name), "--" + f.name.replace("_", "-"), f.metadata
-            if value not in rule.get("choices", [value]):
-                raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, not {value!r}")
-            if "least" in rule and not rule["least"] <= value < math.inf:  # NaN fails, too
-                raise UserError(f"{name} must be a finite number of at least {rule['least']}, not {value}")
+            value, least = getattr(self, f.name), f.metadata.get("least", -math.inf)
+            if f.type in (int, float) and not least <= value < math.inf:  # NaN fails, too
+                raise UserError(
+                    f"--{f.name.replace('_', '-')} must be a finite number of at least {least}, not {value}"
+                )
 
 
 SMALL: dict[str, Any] = dict(
     small=True, model=str(SHIPPED_DATA / "tiny"), data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32,
-    response_tokens=40, sft_epochs=2, sft_lr=5e-3, reward_epochs=2, reward_lr=2e-3, iterations=80, pairs=64,
-    minibatch=32, inner_epochs=2, lr=2e-3, micro_batch=32,
+    response_tokens=40, epochs=2, sft_lr=5e-3, reward_lr=2e-3, iterations=80, pairs=64,
+    minibatch=32, inner_epochs=2, lr=2e-3, micro_batch=32, eval_prompts=512,
 )  # fmt: skip
 
 
 # ---- Data: preference pairs as text, then as token ids ---------------------------------------------------------------
-# one preference, its three parts as text (str) or as token ids (list[int]); both responses follow the same prompt
-Pair = namedtuple("Pair", ["prompt", "chosen", "rejected"])
+Pair = namedtuple("Pair", ["prompt", "chosen", "rejected"])  # each as text (str), then as token ids (list[int])
 
 
 def split_row(chosen: str, rejected: str, prompt: str = "") -> Pair | str:
@@ -199,10 +192,9 @@ def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrai
 # ---- Models: sampling, log-probabilities, scores ---------------------------------------------------------------------
 def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
     """The model that SFT starts from. EOS and padding are different tokens, and both are in the vocabulary."""
-    tiny = Path(cfg.model).resolve() == SHIPPED_DATA / "tiny"  # a tokenizer and a configuration, no weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        if tiny:
+        if Path(cfg.model).resolve() == SHIPPED_DATA / "tiny":  # a tokenizer and a configuration, no weights
             model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(cfg.model))
         else:
             model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
@@ -262,6 +254,13 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     positions = torch.arange(ids.shape[-1], device=ids.device)  # (T,)
     last = (positions * response_mask.flatten(0, -2)).argmax(-1, keepdim=True)  # (N, 1): the last True
     return model.score(hidden.take_along_dim(last[..., None], 1)).float().view(ids.shape[:-1])  # the head in fp32
+
+
+@torch.no_grad()
+def in_chunks(function: Callable[..., Tensor], size: int, *columns: Any) -> Tensor:
+    """A function of whole columns, applied to `size` rows at a time, without gradients: memory for a few rows only."""
+    starts = range(0, len(columns[0]), size)
+    return torch.cat([function(*(column[i : i + size] for column in columns)) for i in starts])
 
 
 # ---- The two losses: tensors in, tensors out -------------------------------------------------------------------------
@@ -335,42 +334,43 @@ def gradient_step(optimizer: torch.optim.Optimizer, schedule: Any) -> float:
     return norm
 
 
+def shuffled(rows: list, size: int, steps: int) -> list[list]:
+    """`steps` batches of `size` rows: pass after pass over all rows, each in a new order drawn here and now."""
+    order = torch.cat([torch.randperm(len(rows)) for _ in range(math.ceil(steps * size / len(rows)))])
+    return [[rows[i] for i in batch] for batch in order.split(size)[:steps]]
+
+
 def self_check(claim: str, holds: bool) -> None:
-    tqdm.write(f"  check: {claim}: {'ok' if holds else 'FAILED'}")
-    if not holds:
-        raise AssertionError(claim)
+    assert holds, f"check failed: {claim}"
+    tqdm.write(f"  check: {claim}: ok")
 
 
-def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
+def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: Callable[..., None]) -> None:
     """Stage 1: maximum likelihood on the preferred responses, mean over response tokens."""
     policy.eval()  # NOTE dropout off here and in every stage: with it on, ratios differ from 1 before any update
-    loader = torch.utils.data.DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
-    steps = cfg.sft_epochs * len(loader)
-    optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.sft_lr}], steps)
-    bar = tqdm(islice(chain.from_iterable(repeat(loader)), steps), "1 SFT   ", steps)
-    for step, rows in enumerate(bar):
+    batches = shuffled(examples, cfg.batch, math.ceil(cfg.epochs * len(examples) / cfg.batch))
+    optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.sft_lr}], len(batches))
+    for step, rows in enumerate(bar := tqdm(batches, "1 SFT   ")):
         prompts, chosen, _ = zip(*rows, strict=True)
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
         total = 0.0
         for part in zip(ids.split(cfg.micro_batch), response_mask.split(cfg.micro_batch), strict=True):
             loss = -response_logprobs(policy, *part).sum() / response_mask.sum()  # a part of the mean over all tokens
             loss.backward()
-            total += loss.item()
-        log(step, **{"sft/loss": total, "sft/grad_norm": gradient_step(optimizer, schedule)})
-        bar.set_postfix(loss=total)
+            total += loss.detach()
+        log(step, **{"sft/loss": float(total), "sft/grad_norm": gradient_step(optimizer, schedule)})
+        bar.set_postfix(loss=float(total))
 
 
-def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log: Log) -> None:
+def train_reward(model: PreTrainedModel, examples: list[Pair], cfg: Config, log: Callable[..., None]) -> None:
     """Stage 2: Bradley-Terry on the preference pairs."""
     model.eval()
     torch.nn.init.zeros_(model.score.weight)  # every score starts at 0, so the loss starts at ln 2
-    loader = torch.utils.data.DataLoader(examples, cfg.batch, shuffle=True, collate_fn=list)
-    steps = cfg.reward_epochs * len(loader)
+    batches = shuffled(examples, cfg.batch, math.ceil(cfg.epochs * len(examples) / cfg.batch))
     groups = [{"params": model.base_model.parameters(), "lr": cfg.reward_lr}]
     groups += [{"params": model.score.parameters(), "lr": 10 * cfg.reward_lr}]  # the fresh head has further to go
-    optimizer, schedule = make_optimizer(groups, steps)
-    bar = tqdm(islice(chain.from_iterable(repeat(loader)), steps), "2 reward", steps)
-    for step, rows in enumerate(bar):
+    optimizer, schedule = make_optimizer(groups, len(batches))
+    for step, rows in enumerate(bar := tqdm(batches, "2 reward")):
         total = accuracy = 0.0
         for i in range(0, len(rows), cfg.micro_batch):
             scores = score_pairs(model, rows[i : i + cfg.micro_batch])  # (b, 2): chosen, rejected
@@ -395,8 +395,8 @@ def score_pairs(model: PreTrainedModel, rows: list[Pair]) -> Tensor:
 def set_gain(model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list[int]], cfg: Config) -> float:
     """Scale the head so that r_1 − r_2 has root mean square 1 on SFT's pairs: β then has a unit. Returns the factor."""
     # NOTE from differences: a gain from absolute scores would depend on δ(x), and so would the update
-    ids, response_mask = sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
-    size = reward_scores(model, ids, response_mask).diff().square().mean().sqrt().item()
+    scores = in_chunks(lambda x: reward_scores(model, *sample(policy, x, 2, cfg.response_tokens)), cfg.pairs, prompts)
+    size = scores.diff().square().mean().sqrt().item()
     if not 0 < size < math.inf:
         raise FloatingPointError(f"score differences of size {size}: the reward model learnt nothing; see --reward-lr")
     model.score.weight.div_(size)
@@ -405,7 +405,8 @@ def set_gain(model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list
 
 def train_policy(
     policy: PreTrainedModel, reference: PreTrainedModel, score: Callable[[Tensor, Tensor], Tensor],
-    prompts: list[list[int]], cfg: Config, log: Log, loss_fn: Callable[..., tuple[Tensor, dict]] = p3o_loss,
+    prompts: list[list[int]], cfg: Config, log: Callable[..., None],
+    loss_fn: Callable[..., tuple[Tensor, dict]] = p3o_loss, checkpoint: Path | None = None,
 ) -> None:  # fmt: skip
     """Stage 3: sample a pair for each of cfg.pairs prompts, score it (B, 2, T) → (B, 2), update, throw it away.
 
@@ -415,38 +416,46 @@ def train_policy(
     """
     policy.eval()
     options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
-    loader = torch.utils.data.DataLoader(prompts, cfg.pairs, shuffle=True, collate_fn=list)
+    batches = shuffled(prompts, cfg.pairs, cfg.iterations)
     steps = cfg.iterations * cfg.inner_epochs * math.ceil(cfg.pairs / cfg.minibatch)
     optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.lr, "weight_decay": 0.0}], steps)
-    bar = tqdm(islice(chain.from_iterable(repeat(loader)), cfg.iterations), "3 P3O   ", cfg.iterations)
-    for iteration, batch in enumerate(bar):
+    learner = (policy, optimizer, schedule)
+    first = 0
+    if checkpoint and checkpoint.exists():
+        first, states, cpu, cuda = torch.load(checkpoint, map_location="cpu")
+        for part, state in zip(learner, states, strict=True):
+            part.load_state_dict(state)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+    for iteration in (bar := tqdm(range(first, cfg.iterations), "3 P3O   ", cfg.iterations, initial=first)):
+        if checkpoint and iteration > first and iteration % 20 == 0:  # all that an iteration starts from
+            state = [part.state_dict() for part in learner], torch.get_rng_state(), torch.cuda.get_rng_state_all()
+            write_atomically(checkpoint, partial(torch.save, (iteration, *state)))
         # 1. two responses to each prompt; the pair stays together, (B, 2, …), from here to the loss
-        ids, response_mask = sample(policy, batch, 2, cfg.response_tokens)  # (B, 2, T)
-        # 2. what does not change during the inner epochs
-        with torch.no_grad():
-            scores = score(ids, response_mask)  # (B, 2)
-            chunks = torch.arange(len(batch)).split(cfg.micro_batch)  # micro-batches' shape: ratio 1 to the last bit
-            old_logprobs, ref_logprobs = (
-                torch.cat([response_logprobs(model, ids[c], response_mask[c]).sum(-1) for c in chunks])
-                for model in (policy, reference)
-            )  # (B, 2)
+        ids, response_mask = sample(policy, batches[iteration], 2, cfg.response_tokens)  # (B, 2, T)
+        # 2. what does not change during the inner epochs, in micro-batches too: ratio 1 to the last bit
+        scores = in_chunks(score, cfg.micro_batch, ids, response_mask)  # (B, 2)
+        old_logprobs, ref_logprobs = (
+            in_chunks(partial(response_logprobs, model), cfg.micro_batch, ids, response_mask).sum(-1)
+            for model in (policy, reference)
+        )  # (B, 2)
         # 3. updates on minibatches of pairs
         sums: dict[str, Any] = defaultdict(float)  # of each metric over all pairs of all inner epochs
         for _ in range(cfg.inner_epochs):
-            for minibatch in torch.randperm(len(batch)).split(cfg.minibatch):
+            for minibatch in torch.randperm(cfg.pairs).split(cfg.minibatch):
                 for pairs in minibatch.split(cfg.micro_batch):  # their gradients add up to the minibatch's
                     logprobs = response_logprobs(policy, ids[pairs], response_mask[pairs]).sum(-1)  # (b, 2)
                     old, ref = old_logprobs[pairs], ref_logprobs[pairs]  # (b, 2)
+                    if iteration == 0 and not sums:
+                        drift = torch.stack([logprobs - old, logprobs - ref]).abs().max().item()
+                        self_check("ratio = 1 and KL = 0 before the first update", drift < 1e-4)
                     loss, metrics = loss_fn(logprobs, old, ref, scores[pairs], **options)
-                    for claim, other in (("ratio = 1", old), ("KL = 0", ref)) if iteration == 0 and not sums else ():
-                        drift = (logprobs - other).abs().max().item()
-                        self_check(f"{claim} before the first update (largest |log ratio| {drift:.0e})", drift < 1e-4)
                     (loss * len(pairs) / len(minibatch)).backward()
                     for key, value in (metrics | {"loss/policy": loss.detach()}).items():
                         sums[key] += value * len(pairs)
                 sums["policy/grad_norm"] += gradient_step(optimizer, schedule) * len(minibatch)
         # 4. metrics
-        row = {key: float(value) / (cfg.inner_epochs * len(batch)) for key, value in sums.items()} | {
+        row = {key: float(value) / (cfg.inner_epochs * cfg.pairs) for key, value in sums.items()} | {
             "objective/scores": scores.mean().item(),
             "objective/kl": (old_logprobs - ref_logprobs).mean().item(),
             "objective/entropy": -old_logprobs.mean().item(),
@@ -460,70 +469,67 @@ def train_policy(
 # ---- Evaluation on held-out prompts ----------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: list[Pair]) -> tuple[dict, dict]:
-    """SFT and P3O (`models`: SFT, reward, P3O) answer the same held-out prompts; a summary and a table of columns.
-
-    The judge is the gold reward where the data has one; else the reward model, which the policy was trained to please.
-    """
-    judge = runpy.run_path(str(SHIPPED_DATA / "judge.py")) if Path(cfg.data).resolve() == SHIPPED_DATA else None
+    """SFT and P3O (`models`: SFT, reward, P3O) answer held-out prompts: a summary, and the table of columns behind it.
+    The judge is the data's gold reward if it has one, else the reward model, which the policy was trained to please."""
     (sft, reward_model, policy), examples = models, tokenize(pairs, tokenizer, cfg)
-    text = partial(tokenizer.decode, skip_special_tokens=True)
-    chunks = [examples[i : i + cfg.pairs] for i in range(0, len(examples), cfg.pairs)]
-    agrees = torch.cat([score_pairs(reward_model, chunk).diff()[:, 0] < 0 for chunk in chunks]).cpu()  # (N,)
     prompts = [example.prompt for example in examples[: cfg.eval_prompts]]
-    table: dict[str, list] = defaultdict(list, prompt=list(map(text, prompts)))
+    text, score = partial(tokenizer.decode, skip_special_tokens=True), partial(reward_scores, reward_model)
+    agrees = in_chunks(partial(score_pairs, reward_model), cfg.micro_batch, examples).diff()[:, 0] < 0  # (M,)
+    table: dict[str, list] = {"win_rate": [], "kl": [], "prompt": list(map(text, prompts))}
+    table["reward_accuracy"] = agrees.tolist()
     for name, model in (("sft", sft), ("policy", policy)):
-        for i in range(0, len(prompts), cfg.pairs):
-            ids, response_mask = sample(model, prompts[i : i + cfg.pairs], 1, cfg.response_tokens)  # (B, 1, T)
-            h = response_logprobs(model, ids, response_mask) - response_logprobs(sft, ids, response_mask)  # (B, 1, T−1)
-            table[f"kl_{name}"] += h.sum((1, 2)).tolist()
-            table[f"score_{name}"] += reward_scores(reward_model, ids, response_mask)[:, 0].tolist()
-            table[f"finished_{name}"] += ((ids == model.config.eos_token_id) & response_mask).any(-1)[:, 0].tolist()
-            table[f"answer_{name}"] += [text(y[mask]) for y, mask in zip(ids[:, 0], response_mask[:, 0], strict=True)]
-        for key, function in (("gold", "gold_reward"), ("well_formed", "well_formed")) if judge else ():
-            table[f"{key}_{name}"] = list(map(judge[function], table["prompt"], table[f"answer_{name}"]))
-    by, keys = ("gold", ("score", "gold", "well_formed")) if judge else ("score", ("score",))
-    better = torch.tensor(table[f"{by}_policy"]) - torch.tensor(table[f"{by}_sft"])  # (N,)
-    figures = {"win_rate": (better.sign() + 1) / 2, "kl": table["kl_policy"], "reward_accuracy": agrees}  # a tie is ½
-    figures |= {"finished_fraction": table["finished_policy"]} | {
-        f"{key}_{name}": table[f"{key}_{name}"] for key in keys for name in ("sft", "policy")
-    }
-    summary: dict[str, Any] = {"judge": by}
-    if judge:
-        gold = torch.tensor([[judge["gold_reward"](text(x), text(y)) for y in ys] for x, *ys in examples])  # (N, 2)
-        figures["reward_gold_agreement"] = (agrees == (gold[:, 0] > gold[:, 1]))[gold[:, 0] != gold[:, 1]]
-    for name, values in figures.items():
-        values = torch.as_tensor(values).float()
+        ids, response_mask = sample(model, prompts, 1, cfg.response_tokens)  # (N, 1, T)
+        table[f"answer_{name}"] = [text(row[mask]) for row, mask in zip(ids, response_mask, strict=True)]
+        table[f"score_{name}"] = in_chunks(score, cfg.micro_batch, ids, response_mask)[:, 0].tolist()
+    h = [
+        in_chunks(partial(response_logprobs, m), cfg.micro_batch, ids, response_mask).sum((1, 2)) for m in (policy, sft)
+    ]
+    table["kl"] = (h[0] - h[1]).tolist()  # (N,), of the policy's answers
+    table["finished_fraction"] = ((ids == policy.config.eos_token_id) & response_mask).any(-1)[:, 0].tolist()
+    by, summary = "score", dict.fromkeys(("judge", "reward_gold_agreement", "gold_sft", "gold_policy"))
+    if Path(cfg.data).resolve() == SHIPPED_DATA:
+        by, judge = "gold", runpy.run_path(str(SHIPPED_DATA / "judge.py"))
+        table |= judge["judge_run"](table, [list(map(text, example)) for example in examples])
+    answers = zip(table[f"{by}_policy"], table[f"{by}_sft"], strict=True)
+    table["win_rate"] = [(policy > sft) + 0.5 * (policy == sft) for policy, sft in answers]
+    print(f"\n{'figure':24}{'mean':>8}   95 % interval")
+    for name in (name for name in table if not isinstance(table[name][0], str)):
+        values = torch.tensor(table[name]).float()
         mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
         summary |= {name: mean, f"{name}_ci": [mean - half, mean + half]}
-    return summary | {key: summary.get(key) for key in ("reward_gold_agreement", "gold_sft", "gold_policy")}, table
+        print(f"{name:24}{mean:8.3f}   {mean - half:.3f} to {mean + half:.3f}")
+    return summary | {"judge": by}, table
 
 
-def show(summary: dict[str, Any], table: dict[str, list]) -> None:
-    """A few answers before and after, then the figures with their 95 % intervals."""
-    print("\nHeld-out prompts and answers; before each answer its score and, if there is a judge, its gold reward")
-    for i in [table["prompt"].index(prompt) for prompt in dict.fromkeys(table["prompt"])][:5]:
-        print("\n" + textwrap.shorten(table["prompt"][i].removesuffix(ASSISTANT), 110))
-        for label, name in (("SFT", "sft"), ("P3O", "policy")):
-            gold = f"{table[f'gold_{name}'][i]:+5.1f}" if f"gold_{name}" in table else ""
-            answer = textwrap.shorten(table[f"answer_{name}"][i], 96)
-            print(f"  {label} {table[f'score_{name}'][i]:+5.2f} {gold}  {answer}")
-    print(f"\n{'figure':24}{'mean':>8}   95 % interval")
-    for name in (key for key in summary if f"{key}_ci" in summary):
-        print(f"{name:24}{summary[name]:8.3f}   {summary[f'{name}_ci'][0]:.3f} to {summary[f'{name}_ci'][1]:.3f}")
+def ask(cfg: Config, title: str, prompts: Iterable[str]) -> None:
+    """SFT and P3O of a finished run answer each prompt, a text of the data's form."""
+    if not (Path(cfg.out) / "p3o").exists():
+        raise UserError(f"{cfg.out} holds no finished run; run the same command without --chat first")
+    sft, reward_model, policy = (load(cfg, name) for name in STAGES)
+    tokenizer = AutoTokenizer.from_pretrained(Path(cfg.out) / "p3o")
+    print(f"\n{title}; before each answer stands its score", flush=True)
+    for prompt in prompts:
+        print(f"\n{prompt.removesuffix(ASSISTANT).strip()}")
+        tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"][-cfg.prompt_tokens :]
+        for label, model in (("SFT", sft), ("P3O", policy)):
+            ids, response_mask = sample(model, [tokens], 1, cfg.response_tokens)  # (1, 1, T)
+            answer = tokenizer.decode(ids[response_mask], skip_special_tokens=True).strip()
+            print(f"  {label} {reward_scores(reward_model, ids, response_mask).item():+5.2f}  {answer}")
 
 
 # ---- The run: one directory, one folder a finished stage -------------------------------------------------------------
-def start_stage(cfg: Config, name: str) -> Log | None:
+def start_stage(cfg: Config, name: str) -> Callable[..., None] | None:
     """Seed a stage and return its `log`, or None if it was finished; it depends on seed, options and stages before."""
-    metrics, start = Path(cfg.out) / "metrics.jsonl", time.perf_counter()
     if (Path(cfg.out) / name).exists():
         return print(f"{name}: finished before")
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    kept = tuple(f'{{"stage": "{done.name}"' for done in Path(cfg.out).iterdir())
-    write_atomically(metrics, "".join(line for line in lines if line.startswith(kept)))  # forget a killed stage's
     torch.manual_seed(zlib.crc32(f"{cfg.seed} {name}".encode()))
+    metrics, start = Path(cfg.out) / "metrics.jsonl", time.perf_counter()
+    kept = [metrics.read_text()] if metrics.exists() else []
 
     def log(step: int, **values: float) -> None:
+        if kept:  # at first: forget what a killed run wrote of this step and after it
+            before = kept.pop().partition(f'{{"stage": "{name}", "step": {step},')[0]
+            write_atomically(metrics, lambda file: file.write_text(before[: before.rfind("\n") + 1]))
         row = {"stage": name, "step": step} | values | {"seconds": round(time.perf_counter() - start, 3)}
         with metrics.open("a") as file:
             print(json.dumps(row), file=file)
@@ -531,18 +537,12 @@ def start_stage(cfg: Config, name: str) -> Log | None:
     return log
 
 
-def finish_stage(cfg: Config, name: str, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Write the model in the library's format, then rename its folder into place: it is there whole or not at all."""
-    scratch = Path(cfg.out) / f"{name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
-    scratch.rename(Path(cfg.out) / name)
-
-
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, *writers: Callable[[Path], Any]) -> None:
+    """What the writers make, a file or a folder, appears at its path whole or not at all."""
     scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(text)
+    shutil.rmtree(scratch, ignore_errors=True)
+    for write in writers:
+        write(scratch)
     scratch.replace(path)
 
 
@@ -552,54 +552,57 @@ def open_out(cfg: Config, pairs: Any) -> Path:
     mine = asdict(cfg) | {"out": None, "micro_batch": None, "data_crc": zlib.crc32(repr(pairs).encode())}
     if out.exists() and not config.exists() and any(file.suffix != ".partial" for file in out.iterdir()):
         raise UserError(f"{out} exists and is not a run of p3o.py; choose another --out")
-    if not any((out / stage).exists() for stage in ("sft", "reward", "p3o")):  # nothing to lose yet
+    if not any((out / stage).exists() for stage in STAGES):  # nothing to lose yet
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(config, json.dumps(mine, indent=2))
+        write_atomically(config, lambda file: file.write_text(json.dumps(mine, indent=2)))
     theirs = json.loads(config.read_text())
     if differ := [f"{key} {theirs.get(key)!r}, not {mine[key]!r}" for key in mine if theirs.get(key) != mine[key]]:
         raise UserError(f"{out} holds a run with {'; '.join(differ)}; choose another --out")
     return out
 
 
+def load(cfg: Config, name: str, **head: int) -> PreTrainedModel:
+    """The model of a finished stage, in fp32 and in eval mode; with num_labels=1 it gets a score head."""
+    kind = AutoModelForSequenceClassification if head or name == "reward" else AutoModelForCausalLM
+    return kind.from_pretrained(Path(cfg.out) / name, dtype=torch.float32, **head).to(DEVICE)
+
+
 def run(cfg: Config) -> None:
+    """The stages that are not finished, one after the other, then the evaluation."""
     began = time.perf_counter()
     train_pairs, heldout_pairs = load_pairs(cfg.data)
     out = open_out(cfg, (train_pairs, heldout_pairs))
-    print(f"{len(train_pairs)} training and {len(heldout_pairs)} held-out pairs, on {cfg.device}, in {out}")
-
-    def load(name: str, **options: Any) -> PreTrainedModel:
-        kind = AutoModelForSequenceClassification if options else AutoModelForCausalLM
-        return kind.from_pretrained(out / name, dtype=torch.float32, **options).to(cfg.device)  # in eval mode
-
+    print(f"{len(train_pairs)} training and {len(heldout_pairs)} held-out pairs, on {DEVICE}, in {out}")
     if log := start_stage(cfg, "sft"):
         policy, tokenizer = load_base(cfg)
-        train_sft(policy.to(cfg.device), tokenize(train_pairs, tokenizer, cfg), cfg, log)
-        finish_stage(cfg, "sft", policy, tokenizer)
+        train_sft(policy.to(DEVICE), tokenize(train_pairs, tokenizer, cfg), cfg, log)
+        write_atomically(out / "sft", policy.save_pretrained, tokenizer.save_pretrained)
     tokenizer = AutoTokenizer.from_pretrained(out / "sft")
     examples = tokenize(train_pairs, tokenizer, cfg)
     prompts = [example.prompt for example in examples]
     if log := start_stage(cfg, "reward"):
-        reward_model = load("sft", num_labels=1)
+        reward_model = load(cfg, "sft", num_labels=1)
         train_reward(reward_model, examples, cfg, log)
-        gain = set_gain(reward_model, load("sft"), prompts[: cfg.eval_prompts], cfg)
+        gain = set_gain(reward_model, load(cfg, "sft"), prompts[: cfg.eval_prompts], cfg)
         print(f"  gain: scores × {gain:.3f}, so that r_1 − r_2 has root mean square 1 on SFT's pairs")
-        finish_stage(cfg, "reward", reward_model, tokenizer)
+        write_atomically(out / "reward", reward_model.save_pretrained, tokenizer.save_pretrained)
+    checkpoint = out / "p3o.checkpoint"
     if log := start_stage(cfg, "p3o"):
-        policy, reference, reward_model = load("sft"), load("sft"), load("reward", num_labels=1)
-        train_policy(policy, reference, partial(reward_scores, reward_model), prompts, cfg, log)
-        for model, saved in ((reference, load("sft")), (reward_model, load("reward", num_labels=1))):
-            same = map(torch.equal, model.state_dict().values(), saved.state_dict().values())
-            self_check(f"{'reference' if model is reference else 'reward model'} unchanged to the last bit", all(same))
-        finish_stage(cfg, "p3o", policy, tokenizer)
-    start = time.perf_counter()
-    torch.manual_seed(zlib.crc32(f"{cfg.seed} eval".encode()))
-    summary, table = evaluate(cfg, [load("sft"), load("reward", num_labels=1), load("p3o")], tokenizer, heldout_pairs)
-    show(summary, table)
+        policy, reference, reward_model = load(cfg, "sft"), load(cfg, "sft"), load(cfg, "reward")
+        train_policy(policy, reference, partial(reward_scores, reward_model), prompts, cfg, log, checkpoint=checkpoint)
+        for name, model in (("sft", reference), ("reward", reward_model)):
+            same = map(torch.equal, model.state_dict().values(), load(cfg, name).state_dict().values())
+            self_check(f"{'reference' if name == 'sft' else 'reward model'} unchanged to the last bit", all(same))
+        write_atomically(out / "p3o", policy.save_pretrained, tokenizer.save_pretrained)
+    checkpoint.unlink(missing_ok=True)
+    log, models = start_stage(cfg, "eval"), [load(cfg, name) for name in STAGES]
+    summary, table = evaluate(cfg, models, tokenizer, heldout_pairs)
+    ask(cfg, "Held-out prompts", list(dict.fromkeys(table["prompt"]))[:5])
+    log(0, **{key: summary[key] for key in ("win_rate", "kl")})
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    seconds = {row["stage"]: row["seconds"] for row in rows}  # each stage's last row
-    seconds |= {"eval": time.perf_counter() - start, "total": time.perf_counter() - began}
+    seconds = {row["stage"]: row["seconds"] for row in rows} | {"total": time.perf_counter() - began}  # of last rows
     summary |= {"seconds": seconds, "seed": cfg.seed, "config": asdict(cfg)}
-    write_atomically(out / "summary.json", json.dumps(summary, indent=2))
+    write_atomically(out / "summary.json", lambda file: file.write_text(json.dumps(summary, indent=2)))
     print("seconds: " + ", ".join(f"{key} {value:.1f}" for key, value in seconds.items()) + f"; all is in {out}")
 
 
@@ -617,32 +620,29 @@ def parse_config(argv: list[str]) -> Config:
     parser.error = fail
     for f in fields(Config):
         default, name, text = getattr(preset, f.name), "--" + f.name.replace("_", "-"), f.metadata["help"]
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default, "metavar": "X"}
-        parser.add_argument(name, help=text if f.type is bool else f"{text} ({default})", **kind)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.device == "auto":
-        cfg.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        torch.zeros(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {cfg.device}: {str(error).splitlines()[0]}") from None
-    return cfg
+        kind = {"type": f.type, "default": default, "metavar": "X", "choices": f.metadata.get("choices")}
+        parser.add_argument(name, help=f"{text} ({default})", **({"action": "store_true"} if f.type is bool else kind))
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 diverged, 2 bad input, 130 interrupted."""
-    logging.disable(logging.ERROR)  # what matters comes as an exception
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what matters comes as an exception
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        run(parse_config(sys.argv[1:] if argv is None else argv))
-    except (UserError, OSError, FloatingPointError) as error:
-        print(f"p3o.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        cfg = parse_config(sys.argv[1:] if argv is None else argv)
+        typed = (f"{HUMAN} {line.strip()}{ASSISTANT}" for line in sys.stdin if line.strip())
+        ask(cfg, "Type a prompt and Enter; Ctrl-D ends", typed) if cfg.chat else run(cfg)
+        return 0
     except KeyboardInterrupt:
-        print("p3o.py: interrupted; finished stages are kept, and the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        status, message = 130, "interrupted; the same command continues from the last stage or checkpoint"
+    except torch.OutOfMemoryError:
+        status, message = 1, "out of memory; the same command with a smaller --micro-batch continues, or see --pairs"
+    except (UserError, OSError, FloatingPointError) as error:
+        status, message = 1 if isinstance(error, FloatingPointError) else 2, str(error)
+    print(f"p3o.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

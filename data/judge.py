@@ -104,3 +104,20 @@ def gold_reward(prompt: str, response: str) -> float:
     good = {SLOT_OF[s] for s in parts if s in KIND_OPENERS + KIND_CLOSERS or TOPIC_OF.get(s) == topic}
     bad = [s for s in parts if s in RUDE_OPENERS + RUDE_CLOSERS or TOPIC_OF.get(s, topic) != topic]
     return NATS_PER_POINT * (len(good) - len(bad) - 2 * flaws(response))
+
+
+def judge_run(table: dict[str, list], pairs: list[list[str]]) -> dict[str, list[float]]:
+    """What the judge says of a run: columns to add to its `table` of held-out prompts and of SFT's and P3O's answers.
+
+    gold_* and well_formed_* of both models' answers. reward_gold_agreement, of the held-out `pairs` (prompt, chosen,
+    rejected) whose gold rewards differ: whether the reward model, which prefers `chosen` where reward_accuracy is true,
+    agrees with the gold reward.
+    """
+    columns = {
+        f"{key}_{name}": [function(*row) for row in zip(table["prompt"], table[f"answer_{name}"], strict=True)]
+        for key, function in (("gold", gold_reward), ("well_formed", well_formed))
+        for name in ("sft", "policy")
+    }
+    gaps = [gold_reward(prompt, chosen) - gold_reward(prompt, rejected) for prompt, chosen, rejected in pairs]
+    ranked = zip(table["reward_accuracy"], gaps, strict=True)
+    return columns | {"reward_gold_agreement": [prefers_chosen == (gap > 0) for prefers_chosen, gap in ranked if gap]}

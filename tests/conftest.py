@@ -15,9 +15,7 @@ transformers.logging.set_verbosity_error()
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
 
-QUICK = dict(
-    batch=64, sft_epochs=1, reward_epochs=1, iterations=2, pairs=16, minibatch=8, inner_epochs=2, eval_prompts=16
-)
+QUICK = dict(batch=64, epochs=1, iterations=2, pairs=16, minibatch=8, inner_epochs=2, eval_prompts=16)
 
 
 def pytest_addoption(parser):

@@ -8,7 +8,14 @@ import statistics
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import p3o
 
@@ -281,10 +288,15 @@ def test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_fir
 
 
 @sampling
-def test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a_longer_prompt(toy):
+@pytest.mark.parametrize("positions", ("learned", "rotary"))
+def test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a_longer_prompt(toy, positions):
     """Left padding that shifts positions, a temperature or a lost EOS would show; 20,000 draws a prompt."""
     torch.manual_seed(0)
     draws = 20_000
+    if positions == "rotary":
+        sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        ids = dict(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD)
+        toy = LlamaForCausalLM(LlamaConfig(vocab_size=5, initializer_range=0.6, **sizes, **ids)).eval()
     ids, mask = p3o.sample(toy, TOY_PROMPTS, draws, LONGEST)
     for prompt, rows, covered in zip(TOY_PROMPTS, ids, mask, strict=True):
         code = {tuple(response): i for i, response in enumerate(every_response())}
@@ -491,7 +503,7 @@ def small(**options) -> p3o.Config:
 def test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses(tiny, fresh):
     """Prompts, padding and rejected responses do not count."""
     examples, rows = encode(tiny, 8), []
-    p3o.train_sft(fresh(tiny[0]), examples, small(batch=8, sft_epochs=1), lambda step, **row: rows.append(row))
+    p3o.train_sft(fresh(tiny[0]), examples, small(batch=8, epochs=1), lambda step, **row: rows.append(row))
     total, count = 0.0, 0
     with torch.no_grad():
         for example in examples:
@@ -507,13 +519,13 @@ def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, fresh, monke
     policy, reward_model, *_ = tiny
     examples, seen = encode(tiny, 24), []
     examples = [example._replace(prompt=[i]) for i, example in enumerate(examples)]  # each prompt its own number
-    cfg = small(batch=7, sft_epochs=2, reward_epochs=2, iterations=8, pairs=7, minibatch=7, response_tokens=2)
+    cfg = small(batch=7, epochs=2, iterations=7, pairs=7, minibatch=7, response_tokens=2)
     name = "sample" if stage == "policy" else "collate"
     plain = getattr(p3o, name)
 
     def watched(*args):
         prompts = next(arg for arg in args if isinstance(arg, list | tuple))
-        seen.extend(dict.fromkeys(prompt[0] for prompt in prompts))  # the reward stage has each twice
+        seen.extend(prompt[0] for prompt in (prompts[::2] if stage == "reward" else prompts))  # there, each comes twice
         return plain(*args)
 
     monkeypatch.setattr(p3o, name, watched)
@@ -523,7 +535,7 @@ def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, fresh, monke
     else:
         train = {"sft": p3o.train_sft, "reward": p3o.train_reward}[stage]
         train(fresh(policy if stage == "sft" else reward_model), examples, cfg, nothing)
-    first, second = seen[:24], seen[24:]
+    first, second = seen[:24], seen[24:48]
     assert sorted(first) == sorted(second) == list(range(24)), "a pass should see each row once"
     assert len({tuple(first), tuple(second), tuple(range(24))}) == 3, "each pass should come in a new order"
 
@@ -531,7 +543,7 @@ def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, fresh, monke
 def test_sft_makes_the_chosen_responses_likelier(tiny, fresh):
     policy, examples, rows = fresh(tiny[0]), encode(tiny, 64), []
     torch.manual_seed(0)
-    p3o.train_sft(policy, examples, small(batch=8, sft_epochs=3), lambda step, **row: rows.append(row["sft/loss"]))
+    p3o.train_sft(policy, examples, small(batch=8, epochs=3), lambda step, **row: rows.append(row["sft/loss"]))
     assert sum(rows[-4:]) < sum(rows[:4]) / 2
 
 
@@ -539,7 +551,7 @@ def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
     """It comes to rank its training pairs as labelled, better than chance would."""
     model, rows, examples = fresh(tiny[1]), [], encode(tiny, 256)
     torch.manual_seed(0)
-    p3o.train_reward(model, examples, small(reward_epochs=3, batch=16), lambda step, **row: rows.append(row))
+    p3o.train_reward(model, examples, small(epochs=3, batch=16), lambda step, **row: rows.append(row))
     assert rows[0]["reward/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(row["reward/loss"] for row in rows[-10:]) / 10 < 0.6
     with torch.no_grad():
@@ -560,7 +572,7 @@ def test_every_stages_learning_rate_falls_to_zero_at_its_last_update_and_not_bef
         return made[-1]
 
     monkeypatch.setattr(p3o, "make_optimizer", watched)
-    cfg = small(batch=8, sft_epochs=2, reward_epochs=2, iterations=3, pairs=11, minibatch=4, response_tokens=4)
+    cfg = small(batch=8, epochs=2, iterations=3, pairs=11, minibatch=4, response_tokens=4)
     if stage == "policy":
         p3o.train_policy(fresh(policy), policy, length_score, [e.prompt for e in examples], cfg, nothing)
     else:
@@ -600,7 +612,7 @@ def test_micro_batches_change_memory_and_not_the_update(tiny, fresh, stage):
     for size in (1, 2, 4, 12):
         model, rows, seen = fresh(reward_model if stage == "reward" else policy).double(), [], []
         cfg = small(
-            batch=6, sft_epochs=1, reward_epochs=1, iterations=2, pairs=12, minibatch=6, response_tokens=6,
+            batch=6, epochs=1, iterations=2, pairs=12, minibatch=6, response_tokens=6,
             micro_batch=size,
         )  # fmt: skip
 
@@ -638,9 +650,10 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh):
     torch.manual_seed(0)
     factor = p3o.set_gain(model, policy, prompts, cfg)
     torch.manual_seed(0)
-    ids, mask = p3o.sample(policy, prompts, 2, cfg.response_tokens)
+    halves = (prompts[: cfg.pairs], prompts[cfg.pairs :])  # it samples cfg.pairs prompts at a time
     with torch.no_grad():
-        gaps = p3o.reward_scores(model, ids, mask).diff()
+        samples = [p3o.sample(policy, half, 2, cfg.response_tokens) for half in halves]
+        gaps = torch.cat([p3o.reward_scores(model, *batch).diff() for batch in samples])
     assert gaps.square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
     assert torch.allclose(model.score.weight, before * factor)
     body = zip(model.base_model.parameters(), reward_model.base_model.parameters(), strict=True)
@@ -657,8 +670,8 @@ def test_a_reward_model_that_scores_all_alike_has_no_gain(tiny, fresh):
 @gain
 def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkeypatch):
     """A gain from absolute scores would: their spread holds that of δ(x), and so would every update after it."""
-    policy, reward_model, _, cfg, _ = tiny
-    prompts, plain = [example.prompt for example in encode(tiny, 32)], p3o.reward_scores
+    policy, reward_model, *_ = tiny
+    prompts, plain, cfg = [example.prompt for example in encode(tiny, 32)], p3o.reward_scores, small(pairs=32)
     factors, delta = [], 10 * torch.arange(len(prompts), dtype=torch.float64)[:, None]  # (B, 1): one number a prompt
     for size in (0, 1):
         monkeypatch.setattr(p3o, "reward_scores", lambda *args, s=size: plain(*args).double() + s * delta)
@@ -860,6 +873,39 @@ def test_a_loss_without_gradient_leaves_the_policy_where_it_is(toy):
     assert all(map(torch.equal, trained.parameters(), toy.parameters())), "the policy moved without a gradient"
 
 
+class Killed(Exception):
+    pass
+
+
+@policy_stage
+def test_stopped_after_a_checkpoint_the_stage_ends_in_the_same_weights(toy, tmp_path):
+    """Policy, AdamW's moments, learning rate, order of the prompts and random draws all go on as they were."""
+    cfg = small(iterations=45, pairs=4, minibatch=2, micro_batch=2, response_tokens=LONGEST, lr=1e-2)
+    prompts = [[0], [1], [2], [1, 2, 0], [2, 2]]
+
+    def train(checkpoint, stop_at, seed):
+        policy, rows = copy.deepcopy(toy), {}
+
+        def log(step, **row):
+            rows[step] = row
+            if step == stop_at:
+                raise Killed
+
+        torch.manual_seed(seed)
+        p3o.train_policy(policy, toy, length_score, prompts, cfg, log, checkpoint=checkpoint)
+        return policy, rows
+
+    whole, rows = train(None, None, 0)
+    checkpoint = tmp_path / "p3o.checkpoint"
+    with pytest.raises(Killed):
+        train(checkpoint, 43, 0)
+    resumed, later = train(checkpoint, None, 0)
+    assert min(later) == 40, "it should go on from the last checkpoint"
+    assert later == {step: row for step, row in rows.items() if step >= 40}, "another course than without the stop"
+    assert all(map(torch.equal, resumed.parameters(), whole.parameters())), "other weights than without the stop"
+    assert not any(map(torch.equal, resumed.parameters(), toy.parameters()))
+
+
 @policy_stage
 @pytest.mark.parametrize("clip", ("joint", "separate"))
 def test_on_the_toy_p3o_approaches_the_known_optimum(toy, clip):
@@ -919,8 +965,9 @@ def test_evaluation_by_hand(tiny, fresh):
     summary, table = p3o.evaluate(cfg, [sft, reward_model, policy], tokenizer, pairs[:61])
 
     assert summary["judge"] == "gold"
-    assert summary["finished_fraction"] > 0.9 > 0.5 > sum(table["finished_sft"]) / 24
+    assert summary["finished_fraction"] == sum(table["finished_fraction"]) / 24 > 0.9
     assert summary["kl"] > 1
+    assert sum(map(len, table["answer_policy"])) < sum(map(len, table["answer_sft"])) / 5
     gold = {
         name: [judge.gold_reward(*row) for row in zip(table["prompt"], table[f"answer_{name}"], strict=True)]
         for name in ("sft", "policy")
@@ -931,7 +978,7 @@ def test_evaluation_by_hand(tiny, fresh):
     half = 1.96 * statistics.stdev(wins) / math.sqrt(24)
     interval = pytest.approx([sum(wins) / 24 - half, sum(wins) / 24 + half])
     assert summary["win_rate_ci"] == interval, "an interval is 1.96 standard errors, deviation / √n, to each side"
-    assert len(table["kl_policy"]) == 24
+    assert len(table["kl"]) == 24
     assert summary["gold_policy"] == pytest.approx(sum(gold["policy"]) / 24)
     with torch.no_grad():
         examples = p3o.tokenize(pairs[:61], tokenizer, cfg)

@@ -115,7 +115,7 @@ def test_a_whole_policy_run_is_another_when_scores_are_normalised_absolutely(tin
 def reward_then_policy(tiny, score_of, monkeypatch):
     """Stages 2 and 3, the gain between them, with every score of the file taken from `score_of`."""
     policy, reward_model, tokenizer, _, pairs = tiny
-    options = dict(batch=32, reward_epochs=1, iterations=4, pairs=32, minibatch=16, response_tokens=10)
+    options = dict(batch=32, epochs=1, iterations=4, pairs=32, minibatch=16, response_tokens=10)
     cfg = p3o.Config(**p3o.SMALL | options)
     examples, rows, samples = p3o.tokenize(pairs[:400], tokenizer, cfg), [], []
     model, trained = copy.deepcopy(reward_model), copy.deepcopy(policy)
