@@ -75,7 +75,6 @@ class Config:
     clip: str = option("joint", "joint (V2), separate (V1) or none", choices=("joint", "separate", "none"))
     beta: float = option(0.05, "price of KL to the SFT model, in reward per nat", least=0)
     clip_range: float = option(0.2, "ε: half-width of the clip, of log(ρ_1/ρ_2) or of each ρ", least=0)
-    ratio_bound: float = option(10.0, "c: importance weights are kept in [1/c, c]", least=1)
     prompt_tokens: int = option(384, "longer prompts lose their first turns", least=1)
     response_tokens: int = option(128, "longest response", least=1)
     batch: int = option(32, "stages 1 and 2: rows per update", least=1)
@@ -200,9 +199,8 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
             model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {cfg.model!r}: {str(error).splitlines()[0]}; --small needs none") from None
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    if cfg.prompt_tokens + cfg.response_tokens > positions:
-        raise UserError(f"--prompt-tokens + --response-tokens must fit in the {positions} positions of {cfg.model!r}")
+    if cfg.prompt_tokens + cfg.response_tokens > getattr(model.config, "max_position_embeddings", math.inf):
+        raise UserError(f"--prompt-tokens + --response-tokens exceed {model.config.max_position_embeddings} positions")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # NOTE with pad = EOS the library's classifier takes EOS for padding and reads the score one token early
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -215,21 +213,26 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
 @torch.no_grad()
 @mixed_precision
 def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Draw n responses a prompt from π by `generate`, up to the first EOS: ids and mask (B, n, T) as `collate`'s."""
-    P, eos, pad = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id
-    left = torch.tensor([[P - len(p)] for p in prompts], device=model.device)  # (B, 1): padding before each prompt
-    out = model.generate(
-        torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=model.device),  # (B, P)
-        attention_mask=(torch.arange(P, device=model.device) >= left).long(),  # (B, P)
-        # NOTE explicit: with the library's default top_k = 50 we would sample one distribution and score another
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        max_new_tokens=max_tokens, num_return_sequences=n, eos_token_id=eos, pad_token_id=pad,
-    )  # fmt: skip  # (B·n, P + R)
-    ended_before = (out[:, P:] == eos).cumsum(1) - (out[:, P:] == eos).long()  # (B·n, R): EOS tokens before this one
-    mask = F.pad(ended_before == 0, (P, 0), value=False)  # (B·n, P + R)
-    # moves each row's left padding to its right end, (B·n, P + R)
-    order = (torch.arange(out.shape[1], device=out.device) + left.repeat_interleave(n, 0)) % out.shape[1]
-    return tuple(rows.gather(1, order).view(len(prompts), n, -1) for rows in (out, mask))
+    """Draw n responses a prompt from π, token by token, up to EOS: ids and mask (B, n, T) as `collate`'s."""
+    P, eos, pad, device = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id, model.device
+    rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n
+    left = torch.tensor([[P - len(row)] for row in rows], device=device)  # (N, 1): padding before each prompt
+    ids = new = torch.tensor([[pad] * (P - len(row)) + row for row in rows], device=device)  # (N, P)
+    mask, going, cache = torch.zeros_like(ids).bool(), torch.ones_like(left).bool(), None  # (N, P), (N, 1)
+    while ids.shape[1] < P + max_tokens and going.any():
+        columns = torch.arange(ids.shape[1], device=device)  # (t,)
+        # NOTE position 0 is the first prompt token, padded or not, as in training
+        positions = (columns - left).clamp(min=0)[:, -new.shape[1] :]  # (N, P) at first, then (N, 1)
+        seen = dict(attention_mask=(columns >= left).long(), position_ids=positions, past_key_values=cache)
+        out = model.base_model(new, **seen, use_cache=True)
+        cache, logits = out.past_key_values, model.get_output_embeddings()(out.last_hidden_state[:, -1])  # (N, V)
+        # NOTE temperature 1 and every token: with top-k we would sample one distribution and score another
+        cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # (N, V); on a CPU, multinomial is far slower
+        drawn = torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:], right=True)  # (N, 1)
+        new = torch.where(going, drawn, pad)  # (N, 1)
+        ids, mask, going = torch.cat([ids, new], 1), torch.cat([mask, going], 1), going & (new != eos)
+    order = (torch.arange(ids.shape[1], device=device) + left) % ids.shape[1]  # (N, T): padding goes to the right end
+    return tuple(columns.gather(1, order).view(len(prompts), n, -1) for columns in (ids, mask))
 
 
 @mixed_precision
@@ -259,8 +262,7 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
 @torch.no_grad()
 def in_chunks(function: Callable[..., Tensor], size: int, *columns: Any) -> Tensor:
     """A function of whole columns, applied to `size` rows at a time, without gradients: memory for a few rows only."""
-    starts = range(0, len(columns[0]), size)
-    return torch.cat([function(*(column[i : i + size] for column in columns)) for i in starts])
+    return torch.cat([function(*(c[i : i + size] for c in columns)) for i in range(0, len(columns[0]), size)])
 
 
 # ---- The two losses: tensors in, tensors out -------------------------------------------------------------------------
@@ -415,7 +417,7 @@ def train_policy(
     and of objective/scores, /kl (log π_old − log π_ref), /entropy, response/length and /finished (by EOS) over samples.
     """
     policy.eval()
-    options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range, ratio_bound=cfg.ratio_bound)
+    options = dict(beta=cfg.beta, clip=cfg.clip, clip_range=cfg.clip_range)
     batches = shuffled(prompts, cfg.pairs, cfg.iterations)
     steps = cfg.iterations * cfg.inner_epochs * math.ceil(cfg.pairs / cfg.minibatch)
     optimizer, schedule = make_optimizer([{"params": policy.parameters(), "lr": cfg.lr, "weight_decay": 0.0}], steps)
@@ -474,9 +476,8 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
     (sft, reward_model, policy), examples = models, tokenize(pairs, tokenizer, cfg)
     prompts = [example.prompt for example in examples[: cfg.eval_prompts]]
     text, score = partial(tokenizer.decode, skip_special_tokens=True), partial(reward_scores, reward_model)
-    agrees = in_chunks(partial(score_pairs, reward_model), cfg.micro_batch, examples).diff()[:, 0] < 0  # (M,)
-    table: dict[str, list] = {"win_rate": [], "kl": [], "prompt": list(map(text, prompts))}
-    table["reward_accuracy"] = agrees.tolist()
+    ranks = in_chunks(partial(score_pairs, reward_model), cfg.micro_batch, examples).diff()[:, 0] < 0  # (M,)
+    table = {"win_rate": [], "kl": [], "prompt": list(map(text, prompts)), "reward_accuracy": ranks.tolist()}
     for name, model in (("sft", sft), ("policy", policy)):
         ids, response_mask = sample(model, prompts, 1, cfg.response_tokens)  # (N, 1, T)
         table[f"answer_{name}"] = [text(row[mask]) for row, mask in zip(ids, response_mask, strict=True)]

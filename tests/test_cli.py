@@ -193,6 +193,21 @@ def test_chat_answers_what_is_typed_by_both_models_of_a_finished_run(quick, monk
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+def test_the_readmes_way_of_using_a_run_works_and_scores_as_the_script_does(quick, tmp_path, monkeypatch, capsys):
+    assert p3o.main([*quick, "--out", str(tmp_path / "runs" / "small")]) == 0
+    capsys.readouterr()
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    *_, shown = capsys.readouterr().out.splitlines()
+    tokenizer = names["reward"].tokenizer
+    prompt, answer = (tokenizer(text)["input_ids"] for text in (names["prompt"], names["answer"]["generated_text"]))
+    model = p3o.load(p3o.Config(out="runs/small"), "reward")
+    score = p3o.reward_scores(model, *p3o.collate([prompt], [[*answer, tokenizer.eos_token_id]], model)).item()
+    assert eval(shown)[0]["score"] == pytest.approx(score, abs=1e-4)
+
+
 def test_a_loss_that_becomes_nan_stops_with_status_1_and_keeps_the_metrics(quick, capsys):
     out = Path(quick[quick.index("--out") + 1])
     assert p3o.main([*quick, "--sft-lr", "1e30"]) == 1

@@ -338,20 +338,14 @@ def test_the_two_responses_of_a_pair_are_independent(toy):
 
 
 @sampling
-def test_a_data_pair_and_a_sample_with_the_same_text_are_the_same_input(toy, monkeypatch):
+def test_a_data_pair_and_a_sample_with_the_same_text_are_the_same_input(toy):
     """What the reward model was trained on is what it scores: same ids, same mask, whatever the padding was."""
-    responses = [[1, EOS], [2, 1, EOS]]
-
-    def generate(input_ids, attention_mask, **_):
-        assert attention_mask.sum(1).tolist() == [1, 3], "the model should see the prompt and not the padding"
-        wide = torch.tensor([[*r, *[PAD] * (3 - len(r))] for r in responses])
-        return torch.cat([input_ids, wide], 1)
-
-    monkeypatch.setattr(toy, "generate", generate)
-    ids, mask = p3o.sample(toy, TOY_PROMPTS, 1, 3)
-    data_ids, data_mask = p3o.collate(TOY_PROMPTS, responses, toy)
-    assert torch.equal(ids[:, 0][mask[:, 0]], data_ids[data_mask])
-    assert torch.equal(ids[:, 0], data_ids) and torch.equal(mask[:, 0], data_mask)
+    torch.manual_seed(0)
+    ids, mask = (rows[:, 0] for rows in p3o.sample(toy, TOY_PROMPTS * 20, 1, LONGEST))
+    responses = [row[covered].tolist() for row, covered in zip(ids, mask, strict=True)]
+    data_ids, data_mask = p3o.collate(TOY_PROMPTS * 20, responses, toy)
+    assert torch.equal(ids[mask], data_ids[data_mask])
+    assert torch.equal(ids[:, : data_ids.shape[1]], data_ids) and torch.equal(mask[:, : data_ids.shape[1]], data_mask)
 
 
 # ---- Scores ----------------------------------------------------------------------------------------------------------
@@ -843,7 +837,7 @@ def test_response_length_counts_eos_and_finished_counts_those_that_ended_by_it(t
 
 @policy_stage
 def test_the_loss_gets_the_configurations_options(toy):
-    options = dict(beta=0.7, clip="separate", clip_range=0.11, ratio_bound=3.0)
+    options = dict(beta=0.7, clip="separate", clip_range=0.11)
     cfg = small(iterations=1, pairs=4, minibatch=4, inner_epochs=1, response_tokens=LONGEST, **options)
     *_, seen = run_policy(toy, toy, length_score, TOY_PROMPTS * 2, cfg)
     assert [update["options"] for update in seen] == [options]
@@ -956,11 +950,12 @@ def test_evaluation_by_hand(tiny, fresh):
     """A policy that ends at once against one that rambles: each figure from its own table, or from the pairs."""
     import judge
 
-    sft, reward_model, tokenizer, _, pairs = tiny
-    policy = fresh(sft)
-    with torch.no_grad():  # the last hidden state points at EOS
+    base, reward_model, tokenizer, _, pairs = tiny
+    sft, policy = fresh(base), fresh(base)
+    with torch.no_grad():  # the last hidden state points at EOS, or a little at the full stop
         policy.transformer.ln_f.bias += 30 * policy.lm_head.weight[tokenizer.eos_token_id]
-    cfg = small(eval_prompts=24, pairs=7, response_tokens=20)  # 7 divides neither 24 nor 61
+        sft.transformer.ln_f.bias += 10 * sft.lm_head.weight[tokenizer(".")["input_ids"][0]]
+    cfg = small(eval_prompts=24, pairs=7, micro_batch=7, response_tokens=40)  # 7 divides neither 24 nor 61
     torch.manual_seed(0)
     summary, table = p3o.evaluate(cfg, [sft, reward_model, policy], tokenizer, pairs[:61])
 
