@@ -82,12 +82,12 @@ class Config:
     sft_lr: float = option(5e-5, "stage 1: peak learning rate", least=0)
     reward_lr: float = option(2e-5, "stage 2: peak learning rate", least=0)
     iterations: int = option(1000, "stage 3: rounds of sampling and updating", least=1)
-    pairs: int = option(128, "stage 3: prompts per iteration, two responses each", least=1)
+    pairs: int = option(64, "stage 3: prompts per iteration, two responses each", least=1)
     minibatch: int = option(16, "stage 3: pairs per update", least=1)
     inner_epochs: int = option(4, "stage 3: passes over each iteration's pairs", least=1)
     lr: float = option(2e-6, "stage 3: peak learning rate", least=0)
     micro_batch: int = option(4, "rows or pairs per backward pass; fewer take less memory for the same update", least=1)
-    eval_prompts: int = option(256, "held-out prompts that SFT and P3O answer at the end, all at once", least=2)
+    eval_prompts: int = option(128, "held-out prompts that SFT and P3O answer at the end, all at once", least=2)
 
     def __post_init__(self) -> None:
         for f in fields(self):

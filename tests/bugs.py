@@ -89,8 +89,8 @@ BUGS = [
     # ---- sampling
     Bug(
         "only the 50 likeliest tokens sampled",
-        "        cdf = logits.float()",
-        "        logits = logits.masked_fill(logits < logits.topk(50).values[:, -1:], -math.inf)\n        cdf = logits.float()",
+        "logits.float().softmax(-1)",
+        "logits.where(logits >= logits.topk(50).values[:, -1:], -math.inf).float().softmax(-1)",
         "test_the_whole_vocabulary_is_sampled",
     ),
     Bug(
