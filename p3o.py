@@ -52,7 +52,8 @@ SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
 STAGES = ("sft", "reward", "p3o")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=DEVICE == "cuda")  # weights and losses stay fp32
+BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)  # in hardware, not emulated
+mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # weights and losses stay fp32
 
 
 class UserError(Exception):
@@ -229,7 +230,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
         # NOTE temperature 1 and every token: with top-k we would sample one distribution and score another
         cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # (N, V); on a CPU, multinomial is far slower
         drawn = torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:], right=True)  # (N, 1)
-        new = torch.where(going, drawn, pad)  # (N, 1)
+        new = torch.where(going, drawn, pad).clamp(max=cdf.shape[1] - 1)  # (N, 1); NaN would point past the vocabulary
         ids, mask, going = torch.cat([ids, new], 1), torch.cat([mask, going], 1), going & (new != eos)
     order = (torch.arange(ids.shape[1], device=device) + left) % ids.shape[1]  # (N, T): padding goes to the right end
     return tuple(columns.gather(1, order).view(len(prompts), n, -1) for columns in (ids, mask))
@@ -411,7 +412,6 @@ def train_policy(
     loss_fn: Callable[..., tuple[Tensor, dict]] = p3o_loss, checkpoint: Path | None = None,
 ) -> None:  # fmt: skip
     """Stage 3: sample a pair for each of cfg.pairs prompts, score it (B, 2, T) → (B, 2), update, throw it away.
-
     No dropout or weight decay; each inner epoch shuffles the pairs; a minibatch's gradient adds up over micro-batches.
     Each iteration logs the means of loss_fn's metrics, loss/policy and policy/grad_norm over the pairs it updates on,
     and of objective/scores, /kl (log π_old − log π_ref), /entropy, response/length and /finished (by EOS) over samples.
@@ -435,12 +435,11 @@ def train_policy(
             write_atomically(checkpoint, partial(torch.save, (iteration, *state)))
         # 1. two responses to each prompt; the pair stays together, (B, 2, …), from here to the loss
         ids, response_mask = sample(policy, batches[iteration], 2, cfg.response_tokens)  # (B, 2, T)
-        # 2. what does not change during the inner epochs, in micro-batches too: ratio 1 to the last bit
-        scores = in_chunks(score, cfg.micro_batch, ids, response_mask)  # (B, 2)
-        old_logprobs, ref_logprobs = (
-            in_chunks(partial(response_logprobs, model), cfg.micro_batch, ids, response_mask).sum(-1)
-            for model in (policy, reference)
-        )  # (B, 2)
+        # 2. what does not change during the inner epochs, (B, 2) each
+        size = min(cfg.micro_batch, cfg.minibatch)  # the updates' shape, so that ratios start at 1 to the last bit
+        scores = in_chunks(score, size, ids, response_mask)
+        both = [partial(response_logprobs, model) for model in (policy, reference)]
+        old_logprobs, ref_logprobs = (in_chunks(function, size, ids, response_mask).sum(-1) for function in both)
         # 3. updates on minibatches of pairs
         sums: dict[str, Any] = defaultdict(float)  # of each metric over all pairs of all inner epochs
         for _ in range(cfg.inner_epochs):
@@ -450,7 +449,7 @@ def train_policy(
                     old, ref = old_logprobs[pairs], ref_logprobs[pairs]  # (b, 2)
                     if iteration == 0 and not sums:
                         drift = torch.stack([logprobs - old, logprobs - ref]).abs().max().item()
-                        self_check("ratio = 1 and KL = 0 before the first update", drift < 1e-4)
+                        self_check("ratio = 1 and KL = 0 before the first update", drift < (0.5 if BF16 else 1e-4))
                     loss, metrics = loss_fn(logprobs, old, ref, scores[pairs], **options)
                     (loss * len(pairs) / len(minibatch)).backward()
                     for key, value in (metrics | {"loss/policy": loss.detach()}).items():
@@ -494,7 +493,7 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
     answers = zip(table[f"{by}_policy"], table[f"{by}_sft"], strict=True)
     table["win_rate"] = [(policy > sft) + 0.5 * (policy == sft) for policy, sft in answers]
     print(f"\n{'figure':24}{'mean':>8}   95 % interval")
-    for name in (name for name in table if not isinstance(table[name][0], str)):
+    for name in (name for name in table if table[name] and not isinstance(table[name][0], str)):
         values = torch.tensor(table[name]).float()
         mean, half = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
         summary |= {name: mean, f"{name}_ci": [mean - half, mean + half]}
@@ -550,7 +549,8 @@ def write_atomically(path: Path, *writers: Callable[[Path], Any]) -> None:
 def open_out(cfg: Config, pairs: Any) -> Path:
     """Make the output directory, or accept the one that this very configuration made from this very data."""
     out, config = Path(cfg.out), Path(cfg.out) / "config.json"
-    mine = asdict(cfg) | {"out": None, "micro_batch": None, "data_crc": zlib.crc32(repr(pairs).encode())}
+    free = dict.fromkeys(("out", "micro_batch", "eval_prompts"))  # they do not change the training
+    mine = asdict(cfg) | free | {"data_crc": zlib.crc32(repr(pairs).encode())}
     if out.exists() and not config.exists() and any(file.suffix != ".partial" for file in out.iterdir()):
         raise UserError(f"{out} exists and is not a run of p3o.py; choose another --out")
     if not any((out / stage).exists() for stage in STAGES):  # nothing to lose yet
@@ -584,7 +584,7 @@ def run(cfg: Config) -> None:
     if log := start_stage(cfg, "reward"):
         reward_model = load(cfg, "sft", num_labels=1)
         train_reward(reward_model, examples, cfg, log)
-        gain = set_gain(reward_model, load(cfg, "sft"), prompts[: cfg.eval_prompts], cfg)
+        gain = set_gain(reward_model, load(cfg, "sft"), prompts[:512], cfg)
         print(f"  gain: scores × {gain:.3f}, so that r_1 − r_2 has root mean square 1 on SFT's pairs")
         write_atomically(out / "reward", reward_model.save_pretrained, tokenizer.save_pretrained)
     checkpoint = out / "p3o.checkpoint"

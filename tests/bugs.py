@@ -339,8 +339,8 @@ BUGS = [
     ),
     Bug(
         "KL to the sampling policy, not to the reference",
-        "for model in (policy, reference)",
-        "for model in (policy, policy)",
+        "for model in (policy, reference)]",
+        "for model in (policy, policy)]",
         "test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference",
     ),
     Bug(

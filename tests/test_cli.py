@@ -14,13 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import p3o
 
@@ -75,10 +69,12 @@ def test_a_run_leaves_models_metrics_and_a_summary(quick, capsys):
         assert f"`{re.sub('.*/grad_norm', '*/grad_norm', key)}`" in readme, f"README.md does not explain {key}"
 
     # again: nothing is trained, the figures are the same
+    assert max(row["seconds"] for row in rows_of(out, timings=True)) <= summary["seconds"]["total"]
     before, stamps = summary, {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
     assert p3o.main(quick) == 0
     assert capsys.readouterr().out.count("finished before") == 3
     assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
+    assert rows_of(out) == rows, "the metrics of the evaluation come twice"
     again = json.loads((out / "summary.json").read_text())
     same = all(again[key] == before[key] for key in before if key != "seconds")
     assert same, "the evaluation of a finished run should give the same figures: is it seeded?"
@@ -191,6 +187,33 @@ def test_chat_answers_what_is_typed_by_both_models_of_a_finished_run(quick, monk
     first, second = ("My bike is slow.", ""), ("I burned my bread.", "")
     assert found == [first, ("", "SFT"), ("", "P3O"), second, ("", "SFT"), ("", "P3O")]
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_asking_samples_from_the_right_model_and_scores_the_whole_answer(quick, monkeypatch, capsys):
+    """With a policy that ends at once: its answer is EOS alone, its score that of the prompt and EOS."""
+    assert p3o.main(quick) == 0
+    out, plain = quick[quick.index("--out") + 1], p3o.load
+    cfg = p3o.parse_config([*quick, "--prompt-tokens", "5"])
+    tokenizer = AutoTokenizer.from_pretrained(Path(out) / "p3o")
+
+    def load(cfg, name):
+        model = plain(cfg, name)
+        if name == "p3o":
+            with torch.no_grad():
+                model.transformer.ln_f.bias += 300 * model.lm_head.weight[tokenizer.eos_token_id]
+        return model
+
+    monkeypatch.setattr(p3o, "load", load)
+    capsys.readouterr()
+    prompt = "\n\nHuman: My bike is slow. Any advice?\n\nAssistant:"
+    p3o.ask(cfg, "Test", [prompt])
+    shown = capsys.readouterr().out
+    (found,) = re.findall(r"^  P3O ([+-]\d+\.\d\d)\s*\Z", shown, re.MULTILINE)
+    model = plain(cfg, "reward")
+    end = tokenizer(prompt)["input_ids"][-5:]
+    score = p3o.reward_scores(model, *p3o.collate([end], [[tokenizer.eos_token_id]], model)).item()
+    assert float(found) == pytest.approx(score, abs=0.006)
+    assert re.search(r"^  SFT [+-]\d+\.\d\d  \S", shown, re.MULTILINE)
 
 
 def test_the_readmes_way_of_using_a_run_works_and_scores_as_the_script_does(quick, tmp_path, monkeypatch, capsys):
@@ -313,17 +336,20 @@ def test_the_default_path_takes_a_gpt2_directory_and_rough_gzipped_dialogues(tin
     assert tokenizer.eos_token_id != tokenizer.pad_token_id < len(weights(out)["p3o.transformer.wte.weight"])
 
 
-def test_a_model_with_rotary_positions_goes_through_every_stage(tiny, quick, tmp_path, capsys):
-    """Llama's layout: other names for body and head, no table of positions, more than one key for two queries."""
-    sizes = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny[2]), **sizes)).save_pretrained(tmp_path / "llama")
-    tiny[2].save_pretrained(tmp_path / "llama")
-    assert p3o.main([*quick, "--model", str(tmp_path / "llama")]) == 0
+@pytest.mark.parametrize("family", ("llama", "gpt_neox"))
+def test_a_model_with_rotary_positions_goes_through_every_stage(family, tiny, quick, tmp_path, capsys):
+    """Other names for body and head, no table of positions, in Llama's case more queries than keys."""
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    if family == "llama":
+        sizes["num_key_value_heads"] = 2
+    config = AutoConfig.for_model(family, vocab_size=len(tiny[2]), **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    tiny[2].save_pretrained(tmp_path / family)
+    assert p3o.main([*quick, "--model", str(tmp_path / family)]) == 0
     assert "ratio = 1 and KL = 0 before the first update: ok" in capsys.readouterr().out
     trained = weights(Path(quick[quick.index("--out") + 1]))
-    assert not torch.equal(trained["p3o.model.embed_tokens.weight"], trained["sft.model.embed_tokens.weight"])
+    changed = [not torch.equal(value, trained["sft" + key[3:]]) for key, value in trained.items() if key[:3] == "p3o"]
+    assert all(changed), "a weight that P3O never moved"
 
 
 def test_a_directory_that_no_run_made_is_left_alone(quick, tmp_path, capsys):

@@ -963,6 +963,9 @@ def test_evaluation_by_hand(tiny, fresh):
     assert summary["finished_fraction"] == sum(table["finished_fraction"]) / 24 > 0.9
     assert summary["kl"] > 1
     assert sum(map(len, table["answer_policy"])) < sum(map(len, table["answer_sft"])) / 5
+    for name in ("sft", "policy"):
+        whole = [judge.well_formed(*row) for row in zip(table["prompt"], table[f"answer_{name}"], strict=True)]
+        assert table[f"well_formed_{name}"] == whole
     gold = {
         name: [judge.gold_reward(*row) for row in zip(table["prompt"], table[f"answer_{name}"], strict=True)]
         for name in ("sft", "policy")
@@ -987,3 +990,42 @@ def test_evaluation_by_hand(tiny, fresh):
     assert summary["reward_gold_agreement"] == agreement, "pairs of equal gold reward have no better response"
     assert summary["reward_accuracy"] == pytest.approx(sum(better) / 61)
     assert 0 < sum(better) < 61
+
+
+def test_without_a_gold_judge_the_win_rate_is_by_the_reward_models_own_scores(tiny, fresh, tmp_path, monkeypatch):
+    """A reward that counts one token, and a policy that likes it."""
+    base, reward_model, tokenizer, _, pairs = tiny
+    policy, liked = fresh(base), 300
+    with torch.no_grad():
+        policy.transformer.ln_f.bias += 30 * policy.lm_head.weight[liked]
+    cfg = small(eval_prompts=24, micro_batch=7, response_tokens=20, data=str(tmp_path))
+    monkeypatch.setattr(p3o, "reward_scores", lambda _, ids, mask: ((ids == liked) & mask).sum(-1).float())
+    torch.manual_seed(0)
+    summary, table = p3o.evaluate(cfg, [base, reward_model, policy], tokenizer, pairs[:30])
+    counts = {
+        name: [tokenizer(answer)["input_ids"].count(liked) for answer in table[f"answer_{name}"]]
+        for name in ("sft", "policy")
+    }
+    assert sum(counts["policy"]) > sum(counts["sft"]) + 10
+    assert sum(table["score_policy"]) >= sum(counts["policy"]), "the scores belong to other answers"
+    wins = [(a > b) + 0.5 * (a == b) for a, b in zip(table["score_policy"], table["score_sft"], strict=True)]
+    assert summary["judge"] == "score" and summary["gold_sft"] is None
+    assert summary["win_rate"] == pytest.approx(sum(wins) / 24) and summary["win_rate"] > 0.6
+    assert summary["score_policy"] > summary["score_sft"] >= 0
+
+
+def test_what_is_computed_in_chunks_has_no_gradient(tiny):
+    ids, mask = batch(tiny)
+    whole = p3o.response_logprobs(tiny[0], ids, mask)
+    found = p3o.in_chunks(lambda *rows: p3o.response_logprobs(tiny[0], *rows), 4, ids, mask)
+    assert torch.allclose(found, whole, atol=1e-5)
+    assert whole.requires_grad and not found.requires_grad
+
+
+@sampling
+def test_not_a_number_is_no_token_outside_the_vocabulary(toy):
+    """The update after it then stops the run with a clear message."""
+    model = copy.deepcopy(toy)
+    torch.nn.init.constant_(model.transformer.ln_f.bias, math.nan)
+    ids, _ = p3o.sample(model, TOY_PROMPTS, 2, LONGEST)
+    assert ids.min() >= 0 and ids.max() < 5
