@@ -52,7 +52,7 @@ SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
 STAGES = ("sft", "reward", "p3o")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how Anthropic HH marks its turns
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)  # in hardware, not emulated
+BF16 = DEVICE == "cuda" and torch.cuda.is_bf16_supported(False)  # in hardware, not emulated
 mixed_precision = torch.autocast("cuda", torch.bfloat16, enabled=BF16)  # weights and losses stay fp32
 
 
@@ -92,17 +92,15 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, least = getattr(self, f.name), f.metadata.get("least", -math.inf)
+            name, value, least = f.name.replace("_", "-"), getattr(self, f.name), f.metadata.get("least", -math.inf)
             if f.type in (int, float) and not least <= value < math.inf:  # NaN fails, too
-                raise UserError(
-                    f"--{f.name.replace('_', '-')} must be a finite number of at least {least}, not {value}"
-                )
+                raise UserError(f"--{name} must be a finite number of at least {least}, not {value}")
 
 
 SMALL: dict[str, Any] = dict(
     small=True, model=str(SHIPPED_DATA / "tiny"), data=str(SHIPPED_DATA), out="runs/small", beta=0.1, prompt_tokens=32,
-    response_tokens=40, epochs=2, sft_lr=5e-3, reward_lr=2e-3, iterations=80, pairs=64,
-    minibatch=32, inner_epochs=2, lr=2e-3, micro_batch=32, eval_prompts=512,
+    response_tokens=40, epochs=2, sft_lr=5e-3, reward_lr=2e-3, iterations=80, pairs=64, minibatch=32, inner_epochs=2,
+    lr=2e-3, micro_batch=32, eval_prompts=512,
 )  # fmt: skip
 
 
@@ -233,7 +231,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens:
         new = torch.where(going, drawn, pad).clamp(max=cdf.shape[1] - 1)  # (N, 1); NaN would point past the vocabulary
         ids, mask, going = torch.cat([ids, new], 1), torch.cat([mask, going], 1), going & (new != eos)
     order = (torch.arange(ids.shape[1], device=device) + left) % ids.shape[1]  # (N, T): padding goes to the right end
-    return tuple(columns.gather(1, order).view(len(prompts), n, -1) for columns in (ids, mask))
+    return tuple(part.gather(1, order).view(len(prompts), n, -1) for part in (ids, mask))
 
 
 @mixed_precision
@@ -481,10 +479,9 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
         ids, response_mask = sample(model, prompts, 1, cfg.response_tokens)  # (N, 1, T)
         table[f"answer_{name}"] = [text(row[mask]) for row, mask in zip(ids, response_mask, strict=True)]
         table[f"score_{name}"] = in_chunks(score, cfg.micro_batch, ids, response_mask)[:, 0].tolist()
-    h = [
-        in_chunks(partial(response_logprobs, m), cfg.micro_batch, ids, response_mask).sum((1, 2)) for m in (policy, sft)
-    ]
-    table["kl"] = (h[0] - h[1]).tolist()  # (N,), of the policy's answers
+    both = [partial(response_logprobs, model) for model in (policy, sft)]
+    logprobs, ref_logprobs = (in_chunks(function, cfg.micro_batch, ids, response_mask).sum((1, 2)) for function in both)
+    table["kl"] = (logprobs - ref_logprobs).tolist()  # (N,), of the policy's answers
     table["finished_fraction"] = ((ids == policy.config.eos_token_id) & response_mask).any(-1)[:, 0].tolist()
     by, summary = "score", dict.fromkeys(("judge", "reward_gold_agreement", "gold_sft", "gold_policy"))
     if Path(cfg.data).resolve() == SHIPPED_DATA:
@@ -502,7 +499,7 @@ def evaluate(cfg: Config, models: list[PreTrainedModel], tokenizer: Any, pairs: 
 
 
 def ask(cfg: Config, title: str, prompts: Iterable[str]) -> None:
-    """SFT and P3O of a finished run answer each prompt, a text of the data's form."""
+    """SFT and P3O of a finished run answer each prompt, a text as the data has it."""
     if not (Path(cfg.out) / "p3o").exists():
         raise UserError(f"{cfg.out} holds no finished run; run the same command without --chat first")
     sft, reward_model, policy = (load(cfg, name) for name in STAGES)
@@ -574,12 +571,12 @@ def run(cfg: Config) -> None:
     train_pairs, heldout_pairs = load_pairs(cfg.data)
     out = open_out(cfg, (train_pairs, heldout_pairs))
     print(f"{len(train_pairs)} training and {len(heldout_pairs)} held-out pairs, on {DEVICE}, in {out}")
-    if log := start_stage(cfg, "sft"):
-        policy, tokenizer = load_base(cfg)
-        train_sft(policy.to(DEVICE), tokenize(train_pairs, tokenizer, cfg), cfg, log)
-        write_atomically(out / "sft", policy.save_pretrained, tokenizer.save_pretrained)
-    tokenizer = AutoTokenizer.from_pretrained(out / "sft")
+    log = start_stage(cfg, "sft")
+    policy, tokenizer = load_base(cfg) if log else (None, AutoTokenizer.from_pretrained(out / "sft"))
     examples = tokenize(train_pairs, tokenizer, cfg)
+    if log:
+        train_sft(policy.to(DEVICE), examples, cfg, log)
+        write_atomically(out / "sft", policy.save_pretrained, tokenizer.save_pretrained)
     prompts = [example.prompt for example in examples]
     if log := start_stage(cfg, "reward"):
         reward_model = load(cfg, "sft", num_labels=1)
@@ -627,7 +624,7 @@ def parse_config(argv: list[str]) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 diverged, 2 bad input, 130 interrupted."""
+    """Run the command line; returns the exit status: 0, 1 training stopped, 2 bad input, 130 interrupted."""
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # what matters comes as an exception
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -639,7 +636,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, message = 130, "interrupted; the same command continues from the last stage or checkpoint"
     except torch.OutOfMemoryError:
-        status, message = 1, "out of memory; the same command with a smaller --micro-batch continues, or see --pairs"
+        status, message = 1, "out of memory; the same command with a smaller --micro-batch goes on from where it was"
     except (UserError, OSError, FloatingPointError) as error:
         status, message = 1 if isinstance(error, FloatingPointError) else 2, str(error)
     print(f"p3o.py: {message}", file=sys.stderr)

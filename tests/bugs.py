@@ -113,8 +113,8 @@ BUGS = [
     ),
     Bug(
         "pairs interleaved wrongly",
-        "view(len(prompts), n, -1) for columns in (ids, mask))",
-        "view(n, len(prompts), -1).transpose(0, 1) for columns in (ids, mask))",
+        "view(len(prompts), n, -1) for part in (ids, mask))",
+        "view(n, len(prompts), -1).transpose(0, 1) for part in (ids, mask))",
         "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
     ),
     Bug(
