@@ -298,7 +298,8 @@ def p3o_loss(
     q = (scores[:, 0] - scores[:, 1]).detach() - beta * (h[:, 0] - h[:, 1])  # (B,), eq. (2)
     u = log_ratio[:, 0] - log_ratio[:, 1]  # (B,)
     if clip == "separate":  # V1, eq. (5): each response is stopped alone
-        ratio = log_ratio.exp()  # (B, 2)
+        # NOTE e^100 is inf in fp32 and inf · 0 is NaN; a ratio of e^20 is far outside the clip anyway
+        ratio = log_ratio.clamp(max=20).exp()  # (B, 2)
         partner = ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)  # (B, 2): ρ̄ of the other response
         advantage = torch.stack([q, -q], dim=-1) * partner  # (B, 2)
         free, held = advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
