@@ -181,7 +181,8 @@ def collate(prompts: list[list[int]], responses: list[list[int]], model: PreTrai
     """Prompt + response, then the model's pad token: ids and mask (N, T), True on each response token, EOS included."""
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
-    start, end = torch.tensor([[len(p), len(row)] for p, row in zip(prompts, rows, strict=True)]).T[..., None]  # (N, 1)
+    start = torch.tensor([[len(prompt)] for prompt in prompts])  # (N, 1)
+    end = torch.tensor([[len(row)] for row in rows])  # (N, 1)
     # NOTE from positions, not from ids != pad: with pad = EOS, a mask from ids would hide the EOS action
     response_mask = (torch.arange(ids.shape[1]) >= start) & (torch.arange(ids.shape[1]) < end)  # (N, T)
     return ids.to(model.device), response_mask.to(model.device)
@@ -213,25 +214,35 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
 @mixed_precision
 def sample(model: PreTrainedModel, prompts: list[list[int]], n: int, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Draw n responses a prompt from π, token by token, up to EOS: ids and mask (B, n, T) as `collate`'s."""
-    P, eos, pad, device = max(map(len, prompts)), model.config.eos_token_id, model.config.pad_token_id, model.device
+    eos, pad, device = model.config.eos_token_id, model.config.pad_token_id, model.device
+    longest = max(map(len, prompts))  # P
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n
-    left = torch.tensor([[P - len(row)] for row in rows], device=device)  # (N, 1): padding before each prompt
-    ids = new = torch.tensor([[pad] * (P - len(row)) + row for row in rows], device=device)  # (N, P)
-    mask, going, cache = torch.zeros_like(ids).bool(), torch.ones_like(left).bool(), None  # (N, P), (N, 1)
-    while ids.shape[1] < P + max_tokens and going.any():
+    left = torch.tensor([[longest - len(row)] for row in rows], device=device)  # (N, 1): padding before each prompt
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)  # (N, P)
+    response_mask = torch.zeros_like(ids).bool()  # (N, P)
+    unfinished = torch.ones_like(left).bool()  # (N, 1)
+    unread = ids  # what the model has not seen yet: the prompts, then one token a row
+    cache = None
+    while ids.shape[1] < longest + max_tokens and unfinished.any():
         columns = torch.arange(ids.shape[1], device=device)  # (t,)
         # NOTE position 0 is the first prompt token, padded or not, as in training
-        positions = (columns - left).clamp(min=0)[:, -new.shape[1] :]  # (N, P) at first, then (N, 1)
+        positions = (columns - left).clamp(min=0)[:, -unread.shape[1] :]  # (N, P) at first, then (N, 1)
         seen = dict(attention_mask=(columns >= left).long(), position_ids=positions, past_key_values=cache)
-        out = model.base_model(new, **seen, use_cache=True)
-        cache, logits = out.past_key_values, model.get_output_embeddings()(out.last_hidden_state[:, -1])  # (N, V)
+        out = model.base_model(unread, **seen, use_cache=True)
+        cache = out.past_key_values
+        logits = model.get_output_embeddings()(out.last_hidden_state[:, -1])  # (N, V)
         # NOTE temperature 1 and every token: with top-k we would sample one distribution and score another
         cdf = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # (N, V); on a CPU, multinomial is far slower
         drawn = torch.searchsorted(cdf, torch.rand_like(cdf[:, :1]) * cdf[:, -1:], right=True)  # (N, 1)
-        new = torch.where(going, drawn, pad).clamp(max=cdf.shape[1] - 1)  # (N, 1); NaN would point past the vocabulary
-        ids, mask, going = torch.cat([ids, new], 1), torch.cat([mask, going], 1), going & (new != eos)
+        drawn = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
+        unread = torch.where(unfinished, drawn, pad)  # (N, 1)
+        ids = torch.cat([ids, unread], 1)
+        response_mask = torch.cat([response_mask, unfinished], 1)
+        unfinished = unfinished & (unread != eos)
     order = (torch.arange(ids.shape[1], device=device) + left) % ids.shape[1]  # (N, T): padding goes to the right end
-    return tuple(part.gather(1, order).view(len(prompts), n, -1) for part in (ids, mask))
+    ids = ids.gather(1, order)
+    response_mask = response_mask.gather(1, order)
+    return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
 
 
 @mixed_precision
@@ -242,11 +253,14 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     No attention mask: padding stands on the right, where a causal model never looks, and positions count from 0.
     Only response positions meet the vocabulary (`get_output_embeddings`), in fp32; others, NaN or not, are never used.
     """
-    flat, targets = ids.flatten(0, -2), response_mask.flatten(0, -2)[:, 1:]  # (N, T), (N, T−1)
+    flat = ids.flatten(0, -2)  # (N, T)
+    predicted = response_mask.flatten(0, -2)[:, 1:]  # (N, T−1): True where column t's token, t+1, is of the response
     hidden = model.base_model(flat).last_hidden_state[:, :-1]  # (N, T−1, D): position t−1 predicts token t
-    logits = model.get_output_embeddings()(hidden[targets]).float()  # (n, V)
-    picked = -F.cross_entropy(logits, flat[:, 1:][targets], reduction="none")  # (n,)
-    return torch.zeros(targets.shape, device=ids.device).masked_scatter(targets, picked).view(*ids.shape[:-1], -1)
+    logits = model.get_output_embeddings()(hidden[predicted]).float()  # (n, V)
+    targets = flat[:, 1:][predicted]  # (n,)
+    picked = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
+    logprobs = torch.zeros(predicted.shape, device=ids.device).masked_scatter(predicted, picked)  # (N, T−1)
+    return logprobs.view(*ids.shape[:-1], -1)
 
 
 def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -297,17 +311,21 @@ def p3o_loss(
     # NOTE h is the current policy's at every inner step; the rollout's h would be the wrong gradient after the first
     q = (scores[:, 0] - scores[:, 1]).detach() - beta * (h[:, 0] - h[:, 1])  # (B,), eq. (2)
     u = log_ratio[:, 0] - log_ratio[:, 1]  # (B,)
-    if clip == "separate":  # V1, eq. (5): each response is stopped alone
+    product = log_ratio.sum(-1).exp().detach()  # (B,): ρ_1 ρ_2, eq. (3)
+    if clip == "joint":  # V2, eq. (4): both responses are stopped together
+        weight = product.clamp(1 / ratio_bound, ratio_bound)  # (B,)
+        free = (q * weight * u)[:, None]  # (B, 1)
+        held = (q * weight * u.clamp(-clip_range, clip_range))[:, None]  # (B, 1)
+    elif clip == "separate":  # V1, eq. (5): each response is stopped alone
         # NOTE e^100 is inf in fp32 and inf · 0 is NaN; a ratio of e^20 is far outside the clip anyway
         ratio = log_ratio.clamp(max=20).exp()  # (B, 2)
         partner = ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)  # (B, 2): ρ̄ of the other response
         advantage = torch.stack([q, -q], dim=-1) * partner  # (B, 2)
-        free, held = advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
-    else:
-        weight, limit = log_ratio.sum(-1).exp().detach(), math.inf  # (B,): ρ_1 ρ_2, eq. (3)
-        if clip == "joint":  # V2, eq. (4): both responses are stopped together
-            weight, limit = weight.clamp(1 / ratio_bound, ratio_bound), clip_range
-        free, held = ((q * weight * log)[:, None] for log in (u, u.clamp(-limit, limit)))  # (B, 1)
+        free = advantage * ratio  # (B, 2)
+        held = advantage * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
+    else:  # nothing is stopped, eq. (3)
+        free = (q * product * u)[:, None]  # (B, 1)
+        held = free
     objective = 0.5 * torch.minimum(free, held).sum(-1)  # (B,)
     metrics = {
         "policy/clipfrac": (held < free).float().mean(),
@@ -360,7 +378,8 @@ def train_sft(policy: PreTrainedModel, examples: list[Pair], cfg: Config, log: C
             loss = -response_logprobs(policy, *part).sum() / response_mask.sum()  # a part of the mean over all tokens
             loss.backward()
             total += loss.detach()
-        log(step, **{"sft/loss": float(total), "sft/grad_norm": gradient_step(optimizer, schedule)})
+        norm = gradient_step(optimizer, schedule)
+        log(step, **{"sft/loss": float(total), "sft/grad_norm": norm})
         bar.set_postfix(loss=float(total))
 
 
@@ -437,8 +456,8 @@ def train_policy(
         # 2. what does not change during the inner epochs, (B, 2) each
         size = min(cfg.micro_batch, cfg.minibatch)  # the updates' shape, so that ratios start at 1 to the last bit
         scores = in_chunks(score, size, ids, response_mask)
-        both = [partial(response_logprobs, model) for model in (policy, reference)]
-        old_logprobs, ref_logprobs = (in_chunks(function, size, ids, response_mask).sum(-1) for function in both)
+        old_logprobs = in_chunks(partial(response_logprobs, policy), size, ids, response_mask).sum(-1)
+        ref_logprobs = in_chunks(partial(response_logprobs, reference), size, ids, response_mask).sum(-1)
         # 3. updates on minibatches of pairs
         sums: dict[str, Any] = defaultdict(float)  # of each metric over all pairs of all inner epochs
         for _ in range(cfg.inner_epochs):
@@ -448,12 +467,13 @@ def train_policy(
                     old, ref = old_logprobs[pairs], ref_logprobs[pairs]  # (b, 2)
                     if iteration == 0 and not sums:
                         drift = torch.stack([logprobs - old, logprobs - ref]).abs().max().item()
-                        self_check("ratio = 1 and KL = 0 before the first update", drift < (0.5 if BF16 else 1e-4))
+                        self_check("ratio = 1 and KL = 0 before the first update", drift < (0.05 if BF16 else 1e-4))
                     loss, metrics = loss_fn(logprobs, old, ref, scores[pairs], **options)
                     (loss * len(pairs) / len(minibatch)).backward()
                     for key, value in (metrics | {"loss/policy": loss.detach()}).items():
                         sums[key] += value * len(pairs)
-                sums["policy/grad_norm"] += gradient_step(optimizer, schedule) * len(minibatch)
+                norm = gradient_step(optimizer, schedule)
+                sums["policy/grad_norm"] += norm * len(minibatch)
         # 4. metrics
         row = {key: float(value) / (cfg.inner_epochs * cfg.pairs) for key, value in sums.items()} | {
             "objective/scores": scores.mean().item(),
