@@ -447,4 +447,71 @@ BUGS = [
         "before = kept.pop()",
         "test_killed_in_any_stage_the_same_command_ends_in_the_same_weights",
     ),
+    # ---- the run around the method
+    Bug(
+        "a failed self-check prints and goes on",
+        '    assert holds, f"check failed: {claim}"\n',
+        "",
+        "test_a_failed_self_check_stops_the_run",
+    ),
+    Bug(
+        "an interval computed from --eval-prompts where fewer prompts were held out",
+        "1.96 * values.std().item() / math.sqrt(len(values))",
+        "1.96 * values.std().item() / math.sqrt(cfg.eval_prompts)",
+        "test_an_interval_counts_the_prompts_that_there_are",
+    ),
+    Bug(
+        "a folder published half-written after an error",
+        """    for write in writers:
+        write(scratch)
+    scratch.replace(path)""",
+        """    try:
+        for write in writers:
+            write(scratch)
+    finally:
+        scratch.replace(path)""",
+        "test_what_is_written_appears_whole_or_not_at_all",
+    ),
+    Bug(
+        "--iterations not compared on resuming",
+        '("out", "micro_batch", "eval_prompts")',
+        '("out", "micro_batch", "eval_prompts", "iterations")',
+        "test_what_changes_the_training_is_compared_when_a_run_goes_on",
+    ),
+    Bug(
+        "the models of stages 2 and 3 loaded in bf16",
+        "Path(cfg.out) / name, dtype=torch.float32, **head",
+        "Path(cfg.out) / name, dtype=torch.bfloat16, **head",
+        "test_every_stage_starts_from_weights_in_float32",
+    ),
+    Bug(
+        "the reward model saved before its gain",
+        """        gain = set_gain(reward_model, load(cfg, "sft"), prompts[:512], cfg)
+        print(f"  gain: scores × {gain:.3f}, so that r_1 − r_2 has root mean square 1 on SFT's pairs")
+        write_atomically(out / "reward", reward_model.save_pretrained, tokenizer.save_pretrained)
+""",
+        """        write_atomically(out / "reward", reward_model.save_pretrained, tokenizer.save_pretrained)
+        gain = set_gain(reward_model, load(cfg, "sft"), prompts[:512], cfg)
+        print(f"  gain: scores × {gain:.3f}, so that r_1 − r_2 has root mean square 1 on SFT's pairs")
+""",
+        "test_the_reward_model_is_saved_with_its_gain",
+    ),
+    Bug(
+        "the checkpoint deleted before the policy is saved",
+        '        write_atomically(out / "p3o", policy.save_pretrained',
+        '        checkpoint.unlink(missing_ok=True)\n        write_atomically(out / "p3o", policy.save_pretrained',
+        "test_the_checkpoint_is_kept_until_the_policy_is_saved",
+    ),
+    Bug(
+        "one held-out pair accepted",
+        "if not train or len(heldout) < 2:",
+        "if not train or len(heldout) < 1:",
+        "test_one_held_out_pair_is_too_few",
+    ),
+    Bug(
+        "V1: a ratio that overflows",
+        "ratio = log_ratio.clamp(max=20).exp()",
+        "ratio = log_ratio.exp()",
+        "test_losses_are_finite_and_right_where_both_ratios_are_extreme",
+    ),
 ]
