@@ -297,6 +297,7 @@ def p3o_loss(
     Each argument is (B, 2): log π(y|x) in nats summed over the response, under the current, the sampling and the
     reference policy, and the scores r(x, y). Only `logprobs` gets a gradient. `clip`: "joint" (V2), "separate" (V1) or
     "none", J = ½ q sg[ρ_1 ρ_2] u: its expected gradient is that of E r − β KL(π‖π_ref), wherever the policy is.
+    V1's ρ is at most e^20, so that nothing overflows.
     Metrics, detached: policy/clipfrac, share of pairs (V1: responses) that the clip stops; means of ½ (log ρ)²,
     policy/approxkl, of ρ, policy/ratio, and of |q|, objective/q. In q, r_1 − r_2 comes first: δ(x) cancels exactly.
 
@@ -317,7 +318,7 @@ def p3o_loss(
         free = (q * weight * u)[:, None]  # (B, 1)
         held = (q * weight * u.clamp(-clip_range, clip_range))[:, None]  # (B, 1)
     elif clip == "separate":  # V1, eq. (5): each response is stopped alone
-        # NOTE e^100 is inf in fp32 and inf · 0 is NaN; a ratio of e^20 is far outside the clip anyway
+        # NOTE capped at e^20, beyond which a response gets no gradient: e^100 is inf in fp32, and inf · 0 is NaN
         ratio = log_ratio.clamp(max=20).exp()  # (B, 2)
         partner = ratio.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)  # (B, 2): ρ̄ of the other response
         advantage = torch.stack([q, -q], dim=-1) * partner  # (B, 2)
