@@ -1,7 +1,9 @@
-"""Write train.jsonl and test.jsonl, held out: preference pairs between two mediocre answers, labelled by Bradley-Terry;
-and tiny/, the tokenizer and the configuration of the model that `python p3o.py --small` trains on them.
+"""Write what `python p3o.py --small` trains on.
 
-python data/generate.py [DIRECTORY]      # default: beside this file; always the same
+train.jsonl and test.jsonl, held out, are preference pairs between two mediocre answers, labelled by
+Bradley-Terry; tiny/ holds a tokenizer and the configuration of a model, without weights.
+
+python -m data.generate [DIRECTORY]      # default: beside this file; always the same
 """
 
 import json
@@ -11,11 +13,15 @@ import sys
 import zlib
 from pathlib import Path
 
-import judge
 import tokenizers
 import transformers
 
-SEED, TRAIN_PAIRS, HELDOUT_PAIRS, HELDOUT_SHARE = 2310, 12000, 800, 6
+from data import judge
+
+SEED = 2310
+TRAIN_PAIRS = 12000
+HELDOUT_PAIRS = 800
+HELDOUT_SHARE = 6
 FRAMES = [
     "{}.",
     "{} again.",
@@ -45,12 +51,15 @@ def write_response(prompt: str, rng: random.Random) -> str:
     for slot in rng.choice([[1], [1, 2], [1, 2]]):
         subject = rng.choices([topic, rng.choice(list(judge.TOPICS)), None], [5, 3, slot == 1])[0]
         parts.append(rng.choice(judge.TOPICS[subject][slot] if subject else judge.VAGUE))
-    parts += rng.choice([[rng.choice(judge.KIND_CLOSERS)], [rng.choice(judge.RUDE_CLOSERS)], [], []])
+    parts += rng.choice(
+        [[rng.choice(judge.KIND_CLOSERS)], [rng.choice(judge.RUDE_CLOSERS)], [], []]
+    )
     return break_response(parts, rng) if rng.random() < 0.18 else " ".join(parts)
 
 
 def break_response(parts: list[str], rng: random.Random) -> str:
-    """One flaw: the answer stops early, a sentence loses its beginning, runs on, or says its thing twice."""
+    """One flaw: the answer stops early, a sentence loses its beginning, runs on, or says its
+    thing twice."""
     i = rng.randrange(len(parts))
     words = parts[i].split()
     flaw = rng.choices(["stop", "no beginning", "run-on", "twice"], [1, 1, 1, 3])[0]
@@ -66,7 +75,8 @@ def break_response(parts: list[str], rng: random.Random) -> str:
 
 
 def held_out(text: str) -> bool:
-    """A text belongs to one side for good, so no prompt and no response of the held-out file occurs in training."""
+    """A text belongs to one side for good, so no prompt and no response of the held-out file
+    occurs in training."""
     return zlib.crc32(text.encode()) % HELDOUT_SHARE == 0
 
 
@@ -86,12 +96,15 @@ def write_row(rng: random.Random, heldout: bool) -> dict[str, str]:
 
 
 def write_tiny(directory: Path, texts: list[str]) -> None:
-    """GPT-2's architecture at 2 layers of width 64, without weights, and a byte-level BPE trained on the texts."""
+    """GPT-2's architecture at 2 layers of width 64, without weights, and a byte-level BPE
+    trained on the texts."""
     bpe = tokenizers.ByteLevelBPETokenizer()
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
     bpe.train_from_iterator(texts, 1000, special_tokens=list(special.values()), show_progress=False)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
-    tokenizer.add_tokens(["\n\nHuman:", "\n\nAssistant:"])  # one token a marker, as chat templates have it
+    tokenizer.add_tokens(
+        ["\n\nHuman:", "\n\nAssistant:"]
+    )  # one token a marker, as chat templates have it
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=72, n_embd=64, n_layer=2, n_head=4,

@@ -5,17 +5,21 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and threads that wait for a busy core take minutes
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # models are tiny; threads that wait for a busy core take minutes
+)
 
 import pytest
 import torch
 import transformers
 
 transformers.logging.set_verbosity_error()
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 
-QUICK = dict(batch=64, epochs=1, iterations=2, pairs=16, minibatch=8, inner_epochs=2, eval_prompts=16)
+QUICK = dict(
+    batch=64, epochs=1, iterations=2, pairs=16, minibatch=8, inner_epochs=2, eval_prompts=16
+)
 
 
 def pytest_addoption(parser):
@@ -24,44 +28,76 @@ def pytest_addoption(parser):
 
 def pytest_ignore_collect(collection_path, config):
     """The course's own tests are about p3o.py alone."""
-    return True if collection_path.name == "test_course.py" and config.getoption("--file") else None
+    if collection_path.name == "test_course.py" and config.getoption("--file"):
+        return True
+    return None
 
 
 def pytest_configure(config):
-    """Load the file under test as `p3o`, whatever it is called, and name the problems of the course."""
+    """Load the file under test as `p3o`, whatever it is called, and name the problems of the
+    course."""
+    path = Path(config.getoption("--file") or ROOT / "p3o.py").resolve()
+    if not path.is_file():
+        raise pytest.UsageError(f"--file {path}: no such file")
+    # `data` comes from beside the file, if it is there, else from beside the tests
+    sys.path[:0] = [str(path.parent), str(ROOT), str(TESTS), str(TESTS / "tools")]
+    spec = importlib.util.spec_from_file_location("p3o", path)
+    sys.modules["p3o"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
     import course
 
     config.addinivalue_line("filterwarnings", "error")
     for number, (function, what) in enumerate(course.PROBLEMS.items(), 1):
         config.addinivalue_line("markers", f"problem_{number}: {function}: {what}")
-    path = Path(config.getoption("--file") or ROOT / "p3o.py").resolve()
-    if not path.is_file():
-        raise pytest.UsageError(f"--file {path}: no such file")
-    spec = importlib.util.spec_from_file_location("p3o", path)
-    sys.modules["p3o"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
-    return [json.loads(line) for line in (ROOT / "data" / "test.jsonl").read_text().splitlines()]
+    """The shipped held-out rows."""
+    lines = (ROOT / "data" / "test.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="session")
 def tiny(rows):
-    """A policy with random weights, a reward model that shares its body, their tokenizer, configuration and pairs."""
+    """A policy with random weights, a reward model that shares its body, tokenizer,
+    configuration, pairs."""
     from transformers import GPT2ForSequenceClassification
 
     import p3o
+    from data.preferences import split_row
 
     torch.manual_seed(0)
     cfg = p3o.Config(**p3o.SMALL | QUICK)
-    pairs = [p3o.split_row(row["chosen"], row["rejected"]) for row in rows]
+    pairs = [split_row(row) for row in rows]
     policy, tokenizer = p3o.load_base(cfg)
     policy.config.num_labels = 1
     reward_model = GPT2ForSequenceClassification(policy.config)
     reward_model.transformer.load_state_dict(policy.transformer.state_dict())
     return policy.eval(), reward_model.eval(), tokenizer, cfg, pairs
+
+
+@pytest.fixture
+def prompts(tiny):
+    """64 held-out prompts as token ids."""
+    from toys import encode
+
+    return [example.prompt for example in encode(tiny, 64)]
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """A model small enough to enumerate; copy it before changing it."""
+    from toys import toy_model
+
+    return toy_model(0)
+
+
+@pytest.fixture
+def fresh():
+    """Makes an independent copy of a model, so that a test may train it."""
+    return copy.deepcopy
 
 
 @pytest.fixture(scope="session")
@@ -73,13 +109,15 @@ def quick_data(rows, tmp_path_factory):
 
 
 @pytest.fixture
-def quick(quick_data, tmp_path):
-    """Command-line options of a run that takes about a second, and its output directory."""
-    options = ["--small", "--data", str(quick_data), "--out", str(tmp_path / "out")]
-    return options + [word for key, value in QUICK.items() for word in ("--" + key.replace("_", "-"), str(value))]
+def out(tmp_path) -> Path:
+    """The output directory of `quick`."""
+    return tmp_path / "out"
 
 
 @pytest.fixture
-def fresh():
-    """Makes an independent copy of a model, so that a test may train it."""
-    return copy.deepcopy
+def quick(quick_data, out) -> list[str]:
+    """Command-line options of a run that takes about a second."""
+    options = ["--small", "--data", str(quick_data), "--out", str(out)]
+    for key, value in QUICK.items():
+        options += ["--" + key.replace("_", "-"), str(value)]
+    return options

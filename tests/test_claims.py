@@ -421,6 +421,7 @@ def test_unclipped_the_expected_update_is_the_gradient_of_reward_minus_beta_kl_a
     assert close(found, exact_gradient(bandit, BETA))
 
 
+@p3o_loss
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_with_the_rollouts_kl_the_expected_update_is_right_only_at_the_sampling_policy(spread):
     """h of π_old is a stale reward after the first inner step.
@@ -600,7 +601,9 @@ def test_a_response_paired_with_itself_is_not_pushed(clip):
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_weights_held(clip, seed):
+def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_weights_held(
+    clip, seed
+):
     """Central differences in log π of each response.
 
     Everything under a stop-gradient is held at the current policy.
@@ -714,6 +717,7 @@ def test_rloo_with_two_samples_is_p3o_at_the_first_inner_step(clip):
     assert close(found, pushes(batch, clip=clip))
 
 
+@p3o_loss
 def test_rloo_and_p3o_part_after_the_first_inner_step():
     """Off-policy RLOO weighs response i by ρ_i alone, its q is stale; P3O weighs by ρ_1 ρ_2."""
     batch = random_batch(31, 0.05)
@@ -825,7 +829,7 @@ def test_copg_is_twice_p3o_on_the_pair():
 
 
 @p3o_loss
-def test_rebels_gradient_is_a_multiple_of_p3os_at_the_sampling_policy_then_pulls_back_where_v2_stops():
+def test_rebels_gradient_is_a_multiple_of_p3os_at_first_and_pulls_back_where_v2_stops():
     """REBEL minimises (Δr − ηu)².
 
     At u = 0 its loss gradient is −4η × P3O's push; past u = Δr/η it turns round.

@@ -24,17 +24,31 @@ def test_every_code_cell_was_run_in_order_without_an_error(cells):
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not [
+        output
+        for output in outputs
+        if output["output_type"] == "error" or output.get("name") == "stderr"
+    ]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 10
 
 
 def test_it_redefines_nothing_of_p3o(cells):
-    tree = ast.parse("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
-    defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    public = {name for name, value in vars(p3o).items() if getattr(value, "__module__", None) == "p3o"}
+    tree = ast.parse(
+        "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    )
+    defined = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    public = {
+        name for name, value in vars(p3o).items() if getattr(value, "__module__", None) == "p3o"
+    }
     assert "p3o_loss" in public
     assert not defined & public
-    stores = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
+    stores = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    ]
     assert not [node for node in stores if ast.unparse(node.value) == "p3o"]
 
 

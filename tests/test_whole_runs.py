@@ -1,4 +1,5 @@
-"""Whole training runs under a reward r and under r + δ(x), δ of standard deviation 5 where r's is about 1."""
+"""Whole training runs under a reward r and under r + δ(x), δ of standard deviation 5 where r's
+is about 1."""
 
 import copy
 
@@ -7,15 +8,19 @@ import torch
 
 import p3o
 
-policy_stage = pytest.mark.problem_8
 CLIPS = ("joint", "separate")
 
 
 def delta(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """δ(x), (…) from ids and mask (…, T): normal with standard deviation 5, a multiple of 1/1024, by prompt alone."""
-    table = (5 * 1024 * torch.randn(9973, generator=torch.Generator().manual_seed(1))).round() / 1024
+    """δ(x), (…) from ids and mask (…, T): normal with standard deviation 5, a multiple of
+    1/1024, by prompt alone."""
+    table = (
+        5 * 1024 * torch.randn(9973, generator=torch.Generator().manual_seed(1))
+    ).round() / 1024
     weights = torch.arange(1, ids.shape[-1] + 1) ** 2
-    return table[(ids * (mask.cumsum(-1) == 0) * weights).sum(-1) % 9973]  # the prompt lies before the response
+    return table[
+        (ids * (mask.cumsum(-1) == 0) * weights).sum(-1) % 9973
+    ]  # the prompt lies before the response
 
 
 def rounded(score):
@@ -28,7 +33,8 @@ def plus_delta(score):
 
 
 def absolutely_normalised(score):
-    """As PPO code for language models commonly does: clip scores to ±10, divide by their running deviation."""
+    """As PPO code for language models commonly does: clip scores to ±10, divide by their
+    running deviation."""
     seen = []
 
     def normalised(ids, mask):
@@ -51,8 +57,12 @@ def reward(tiny):
 def train(tiny, score, **options):
     """Stage 3 from the tiny policy: everything sampled, the metrics, the final weights."""
     policy, _, tokenizer, _, pairs = tiny
-    trained, rows, samples = copy.deepcopy(policy), [], []
-    cfg = p3o.Config(**p3o.SMALL | dict(iterations=5, pairs=32, minibatch=16, response_tokens=10) | options)
+    trained = copy.deepcopy(policy)
+    rows = []
+    samples = []
+    cfg = p3o.Config(
+        **p3o.SMALL | dict(iterations=5, pairs=32, minibatch=16, response_tokens=10) | options
+    )
 
     def watched(ids, mask):
         samples.append(ids)
@@ -60,23 +70,27 @@ def train(tiny, score, **options):
 
     prompts = [example.prompt for example in p3o.tokenize(pairs[:96], tokenizer, cfg)]
     torch.manual_seed(0)
-    p3o.train_policy(trained, policy, watched, prompts, cfg, lambda step, **row: rows.append(row))
+    p3o.train_policy(trained, policy, watched, prompts, cfg, lambda step, row: rows.append(row))
     return samples, rows, list(trained.parameters())
 
 
 def assert_same_run(a, b) -> None:
     """Bit by bit; the mean score is reported as it is, so it alone may differ."""
-    (samples, rows, weights), (other_samples, other_rows, other_weights) = a, b
+    (samples, rows, weights) = a
+    (other_samples, other_rows, other_weights) = b
     for row, other in zip(rows, other_rows, strict=True):
-        assert row | {"objective/scores": 0} == other | {"objective/scores": 0}, "the metrics differ"
+        unscored = row | {"objective/scores": 0}
+        assert unscored == other | {"objective/scores": 0}, "the metrics differ"
     assert all(map(torch.equal, weights, other_weights)), "the final weights differ"
-    assert len(samples) == len(other_samples) and all(map(torch.equal, samples, other_samples)), "the samples differ"
+    assert len(samples) == len(other_samples), "the samples differ"
+    assert all(map(torch.equal, samples, other_samples)), "the samples differ"
 
 
-@policy_stage
+@pytest.mark.problem_8
 def test_the_offset_is_one_number_a_prompt_and_far_larger_than_the_reward(tiny, reward):
     """What the tests below rest on."""
-    rewards, offsets = [], []
+    rewards = []
+    offsets = []
 
     def score(ids, mask):
         rewards.append(rounded(reward)(ids, mask))
@@ -84,32 +98,38 @@ def test_the_offset_is_one_number_a_prompt_and_far_larger_than_the_reward(tiny, 
         return rewards[-1]
 
     train(tiny, score)
-    r, offset = torch.cat(rewards), torch.cat(offsets)
+    r = torch.cat(rewards)
+    offset = torch.cat(offsets)
     assert torch.equal(offset[:, 0], offset[:, 1])
     assert 4 < offset.std() < 6
     assert 0.5 < r.diff().square().mean().sqrt() < 2
 
 
-@policy_stage
+@pytest.mark.problem_8
 @pytest.mark.parametrize("clip", CLIPS)
 def test_a_whole_policy_run_is_the_same_bit_by_bit_under_r_and_r_plus_delta(tiny, reward, clip):
-    """Same samples, same metrics, same final weights: every step between sampling and weights sees r_1 − r_2 alone."""
+    """Same samples, same metrics, same final weights: every step between sampling and weights
+    sees r_1 − r_2 alone."""
     r = rounded(reward)
     plain = train(tiny, r, clip=clip)
     assert_same_run(plain, train(tiny, plus_delta(r), clip=clip))
-    assert not any(map(torch.equal, tiny[0].parameters(), plain[2])), "nothing was learnt, so nothing was shown"
+    moved = not any(map(torch.equal, tiny[0].parameters(), plain[2]))
+    assert moved, "nothing was learnt, so nothing was shown"
 
 
-@policy_stage
+@pytest.mark.problem_8
 def test_a_whole_policy_run_is_another_when_scores_are_normalised_absolutely(tiny, reward):
-    """The same comparison fails: δ(x) has swollen the standard deviation and shrunk every r_1 − r_2."""
+    """The same comparison fails: δ(x) has swollen the standard deviation and shrunk every r_1 −
+    r_2."""
     r = rounded(reward)
-    plain, shifted = (train(tiny, absolutely_normalised(score), beta=0.0) for score in (r, plus_delta(r)))
+    plain = train(tiny, absolutely_normalised(r), beta=0.0)
+    shifted = train(tiny, absolutely_normalised(plus_delta(r)), beta=0.0)
     with pytest.raises(AssertionError, match="differ"):
         assert_same_run(plain, shifted)
-    assert torch.equal(plain[0][0], shifted[0][0]), "before the first update the samples are still the same"
-    gaps = [rows[0]["objective/q"] for _, rows, _ in (plain, shifted)]
-    assert gaps[1] < 0.4 * gaps[0], "the effective reward gap should have shrunk"
+    assert torch.equal(plain[0][0], shifted[0][0]), "samples differ before the first update"
+    gap = plain[1][0]["objective/q"]
+    shrunk = shifted[1][0]["objective/q"]
+    assert shrunk < 0.4 * gap, "the effective reward gap should have shrunk"
 
 
 def reward_then_policy(tiny, score_of, monkeypatch):
@@ -117,11 +137,14 @@ def reward_then_policy(tiny, score_of, monkeypatch):
     policy, reward_model, tokenizer, _, pairs = tiny
     options = dict(batch=32, epochs=1, iterations=4, pairs=32, minibatch=16, response_tokens=10)
     cfg = p3o.Config(**p3o.SMALL | options)
-    examples, rows, samples = p3o.tokenize(pairs[:400], tokenizer, cfg), [], []
-    model, trained = copy.deepcopy(reward_model), copy.deepcopy(policy)
+    examples = p3o.tokenize(pairs[:400], tokenizer, cfg)
+    rows = []
+    samples = []
+    model = copy.deepcopy(reward_model)
+    trained = copy.deepcopy(policy)
     prompts = [example.prompt for example in examples]
 
-    def log(step, **row):
+    def log(step, row):
         rows.append(row)
 
     def score(ids, mask):
@@ -136,18 +159,25 @@ def reward_then_policy(tiny, score_of, monkeypatch):
     return samples, rows, [*model.parameters(), *trained.parameters()]
 
 
-@policy_stage
-def test_reward_training_gain_and_policy_run_are_the_same_under_r_and_r_plus_delta(tiny, monkeypatch):
+@pytest.mark.problem_8
+def test_reward_training_gain_and_policy_run_are_the_same_under_r_and_r_plus_delta(
+    tiny, monkeypatch
+):
     """From the first preference to the last update, bit by bit: float64 has room for score + δ."""
     scores = p3o.reward_scores
-    plain, shifted = (
-        reward_then_policy(tiny, score_of, monkeypatch)
-        for score_of in (
-            lambda *args: scores(*args).double(),
-            lambda model, ids, mask: scores(model, ids, mask).double() + delta(ids, mask),
-        )
-    )
-    assert_same_run(plain, shifted)
-    mean = "objective/scores"
-    assert all(row[mean] != other[mean] for row, other in zip(plain[1], shifted[1], strict=True) if mean in row)
-    assert not any(map(torch.equal, tiny[0].parameters(), plain[2][-len(list(tiny[0].parameters())) :]))
+
+    def exact(model, ids, mask):
+        return scores(model, ids, mask).double()
+
+    def shifted(model, ids, mask):
+        return exact(model, ids, mask) + delta(ids, mask)
+
+    run = reward_then_policy(tiny, exact, monkeypatch)
+    other_run = reward_then_policy(tiny, shifted, monkeypatch)
+    assert_same_run(run, other_run)
+    for row, other in zip(run[1], other_run[1], strict=True):
+        if "objective/scores" in row:
+            assert row["objective/scores"] != other["objective/scores"]
+    policy = list(tiny[0].parameters())
+    trained = run[2][-len(policy) :]
+    assert not any(map(torch.equal, policy, trained))

@@ -1,10 +1,11 @@
 """How fast stage 3 is on this machine, beside TRL's RLOOTrainer where `trl` is installed.
 
-    python tests/benchmark.py                  # the small run's model
-    python tests/benchmark.py --size gpt2      # a random GPT-2 of 124M parameters: honest speed, no learning
+    python tests/tools/benchmark.py                  # the small run's model
+    python tests/tools/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
 
-Both take turns in one process, with one model, the same prompts, and as many samples and updates. The first iteration
-of a turn is not counted. Limits are measured as well: the rate of a large copy, and that of a large matrix product.
+Both take turns in one process, with one model, the same prompts, and as many samples and updates.
+The first iteration of a turn is not counted. Limits are measured as well: the rate of a large
+copy, and that of a large matrix product.
 """
 
 import argparse
@@ -23,17 +24,30 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import p3o
+from data.preferences import load_pairs
 
 CUDA = p3o.DEVICE == "cuda"
-SIZES = {
-    "small": p3o.SMALL,
-    "gpt2": p3o.SMALL | dict(prompt_tokens=128, response_tokens=128, pairs=128, minibatch=16, inner_epochs=4, lr=2e-6,
-                             micro_batch=p3o.Config().micro_batch, small=False),
-}  # fmt: skip
+GPT2 = dict(
+    small=False,
+    prompt_tokens=128,
+    response_tokens=128,
+    pairs=128,
+    minibatch=16,
+    micro_batch=p3o.Config().micro_batch,
+    inner_epochs=4,
+    lr=2e-6,
+)
+SIZES = {"small": p3o.SMALL, "gpt2": p3o.SMALL | GPT2}
 
 
 def now() -> float:
@@ -53,7 +67,8 @@ def rate(work: float, function, repeats: int = 10) -> float:
 
 
 def limits() -> tuple[float, float]:
-    """Bytes per second of a copy, read and written; floating-point operations per second of a matrix product."""
+    """Bytes per second of a copy, read and written; floating-point operations per second of a
+    matrix product."""
     a, b = (torch.ones(2**26, device=p3o.DEVICE) for _ in range(2))
     n, dtype = (8192, torch.bfloat16) if CUDA else (2048, torch.float32)
     x = torch.ones(n, n, device=p3o.DEVICE, dtype=dtype)
@@ -64,22 +79,31 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
     """Write a policy and a reward model, each with its tokenizer; returns prompts as text."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(p3o.SMALL["model"])
-    pairs, _ = p3o.load_pairs(cfg.data)
+    pairs, _ = load_pairs(cfg.data)
     if size == "small":  # trained a little, so that its answers end as they do in a run
         examples = p3o.tokenize(pairs, tokenizer, cfg)[:4000]
-        config = AutoConfig.from_pretrained(cfg.model, n_positions=256)  # TRL scores text, at times of more tokens
+        config = AutoConfig.from_pretrained(
+            cfg.model, n_positions=256
+        )  # TRL scores text, at times of more tokens
         policy = AutoModelForCausalLM.from_config(config)
-        p3o.train_sft(policy.to(p3o.DEVICE), examples, cfg, lambda *_, **__: None)
+        p3o.train_sft(policy.to(p3o.DEVICE), examples, cfg, lambda step, row: None)
         prompts = [pair.prompt for pair in pairs]
     else:
         tokenizer.add_tokens([f"<{i}>" for i in range(50257 - len(tokenizer))])
         ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        policy = AutoModelForCausalLM.from_config(GPT2Config(bos_token_id=ids["eos_token_id"], **ids))
+        policy = AutoModelForCausalLM.from_config(
+            GPT2Config(bos_token_id=ids["eos_token_id"], **ids)
+        )
         text = "".join(pair.prompt for pair in pairs)
         long = tokenizer(text)["input_ids"][: cfg.prompt_tokens * 1000]
-        prompts = [tokenizer.decode(long[i : i + cfg.prompt_tokens]) for i in range(0, len(long), cfg.prompt_tokens)]
+        prompts = [
+            tokenizer.decode(long[i : i + cfg.prompt_tokens])
+            for i in range(0, len(long), cfg.prompt_tokens)
+        ]
     policy.save_pretrained(folder / "policy")
-    reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "policy", num_labels=1)
+    reward_model = AutoModelForSequenceClassification.from_pretrained(
+        folder / "policy", num_labels=1
+    )
     reward_model.save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
@@ -91,25 +115,42 @@ def load(folder: Path, name: str):
     return kind.from_pretrained(folder / name, dtype=torch.float32).to(p3o.DEVICE)
 
 
+def device_name() -> str:
+    if CUDA:
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if "model name" in line]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+
+
 def time_p3o(cfg: p3o.Config, folder: Path, prompts: list[str]) -> dict[str, float]:
-    """Medians over iterations: seconds of an iteration and of its phases, tokens sampled and tokens trained on."""
+    """Medians over iterations: seconds of an iteration and of its phases, tokens sampled and
+    tokens trained on."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     encoded = [tokenizer(prompt)["input_ids"][-cfg.prompt_tokens :] for prompt in prompts]
-    policy, reference, reward_model = load(folder, "policy"), load(folder, "policy"), load(folder, "reward")
-    rows, row, plain, start = [], {}, {name: getattr(p3o, name) for name in ("sample", "in_chunks")}, now()
+    policy = load(folder, "policy")
+    reference = load(folder, "policy")
+    reward_model = load(folder, "reward")
+    rows = []
+    row = {}
+    plain = {name: getattr(p3o, name) for name in ("sample", "in_parts")}
+    start = now()
 
     def timed(name, *args):
         began = now()
         result = plain[name](*args)
         row[name] = row.get(name, 0) + now() - began
         if name == "sample":
-            ids, mask = result
-            row["length"], row["steps"] = ids.shape[-1], ids.shape[-1] - max(map(len, args[1]))
+            _, mask = result
+            lengths = [len(prompt) for prompt in args[1]]
+            row["steps"] = mask.sum(-1).max().item()
+            row["length"] = max(lengths) + row["steps"]
             row["sampled"] = mask.sum().item()
-            row["trained"] = cfg.inner_epochs * (2 * sum(map(len, args[1])) + row["sampled"])
+            row["trained"] = cfg.inner_epochs * (2 * sum(lengths) + row["sampled"])
         return result
 
-    def log(step, **_):
+    def log(step, metrics):
         nonlocal start
         rows.append(row | {"iteration": now() - start})
         row.clear()
@@ -118,7 +159,9 @@ def time_p3o(cfg: p3o.Config, folder: Path, prompts: list[str]) -> dict[str, flo
     for name in plain:
         setattr(p3o, name, partial(timed, name))
     try:
-        p3o.train_policy(policy, reference, partial(p3o.reward_scores, reward_model), encoded, cfg, log)
+        p3o.train_policy(
+            policy, reference, partial(p3o.reward_scores, reward_model), encoded, cfg, log
+        )
     finally:
         for name, function in plain.items():
             setattr(p3o, name, function)
@@ -130,7 +173,8 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
-    updates, stamps = cfg.inner_epochs * cfg.pairs // cfg.minibatch, []
+    updates = cfg.inner_epochs * cfg.pairs // cfg.minibatch
+    stamps = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -138,25 +182,46 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
                 stamps.append(now())
 
     options = RLOOConfig(
-        output_dir=str(folder / "trl"), report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10**6,
-        use_cpu=not CUDA, bf16=CUDA, gradient_checkpointing=False, learning_rate=cfg.lr, beta=cfg.beta,
-        num_generations=2, num_iterations=cfg.inner_epochs, max_steps=cfg.iterations * updates,
-        per_device_train_batch_size=2 * cfg.micro_batch, gradient_accumulation_steps=cfg.minibatch // cfg.micro_batch,
-        steps_per_generation=cfg.pairs // cfg.micro_batch, max_completion_length=cfg.response_tokens,
-        temperature=1.0, top_p=1.0, top_k=0, dataloader_pin_memory=CUDA,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=10**6,
+        use_cpu=not CUDA,
+        bf16=CUDA,
+        dataloader_pin_memory=CUDA,
+        gradient_checkpointing=False,
+        learning_rate=cfg.lr,
+        beta=cfg.beta,
+        num_generations=2,
+        num_iterations=cfg.inner_epochs,
+        max_steps=cfg.iterations * updates,
+        per_device_train_batch_size=2 * cfg.micro_batch,
+        gradient_accumulation_steps=cfg.minibatch // cfg.micro_batch,
+        steps_per_generation=cfg.pairs // cfg.micro_batch,
+        max_completion_length=cfg.response_tokens,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     trainer = RLOOTrainer(
-        model=load(folder, "policy"), reward_funcs=load(folder, "reward"), args=options, callbacks=[Clock()],
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]), processing_class=tokenizer,
+        model=load(folder, "policy"),
+        reward_funcs=load(folder, "reward"),
+        args=options,
+        callbacks=[Clock()],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
         reward_processing_classes=AutoTokenizer.from_pretrained(folder / "reward"),
-    )  # fmt: skip
+    )
     trainer.train()
     return statistics.median(b - a for a, b in itertools.pairwise(stamps))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--iterations", type=int, default=10, help="of each turn")
@@ -164,8 +229,11 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options = SIZES[args.size] | dict(iterations=args.iterations) | (dict(pairs=args.pairs) if args.pairs else {})
-    cfg, ours, theirs = p3o.Config(**options), [], []
+    cfg = p3o.Config(**SIZES[args.size] | dict(iterations=args.iterations))
+    if args.pairs:
+        cfg.pairs = args.pairs
+    ours = []
+    theirs = []
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name)
         prompts = prepare(cfg, args.size, folder)
@@ -174,41 +242,44 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             ours.append(time_p3o(cfg, folder, prompts))
             memory = torch.cuda.max_memory_allocated() if CUDA else 0
-            with contextlib.suppress(ModuleNotFoundError), contextlib.redirect_stdout(io.StringIO()):
+            with (
+                contextlib.suppress(ModuleNotFoundError),
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
                 theirs.append(time_trl(cfg, folder, prompts))
         model = load(folder, "policy")
     mine = {key: statistics.median(turn[key] for turn in ours) for key in ours[0]}
-    mine["updates"] = mine["iteration"] - mine["sample"] - mine["in_chunks"]
+    mine["updates"] = mine["iteration"] - mine["sample"] - mine["in_parts"]
     copy, product = limits()
 
-    # what a decoding step must read: the weights, and the keys and values so far; what an update must compute
-    body = sum(p.numel() for p in model.base_model.parameters()) - model.get_input_embeddings().weight.numel()
-    head, width, layers = model.get_output_embeddings().weight.numel(), model.config.n_embd, model.config.n_layer
+    # what a decoding step must read: the weights, and the keys and values so far; what an update
+    # must compute
+    body = sum(weight.numel() for weight in model.base_model.parameters())
+    body -= model.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight.numel()
+    width = model.config.n_embd
+    layers = model.config.n_layer
     entries = 2 * cfg.pairs * 2 * layers * width * (mine["length"] - mine["steps"] / 2)
     read = (2 if CUDA else 4) * (body + head + entries) * mine["steps"]
     compute = 6 * body * mine["trained"] + 6 * head * cfg.inner_epochs * mine["sampled"]
 
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    cpu = f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
-    print(
-        f"{torch.cuda.get_device_name() if CUDA else cpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    print(f"limits measured: copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.2f} TFLOP/s")
+    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(f"{device_name()}, {versions}")
+    limit = f"copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.2f} TFLOP/s"
+    print(f"limits measured: {limit}")
     updates = cfg.inner_epochs * cfg.pairs // cfg.minibatch
-    print(
-        f"{args.size}: {(body + head) / 1e6:.1f}M parameters, {cfg.pairs} prompts of up to {cfg.prompt_tokens} tokens, "
-    )
+    parameters = f"{(body + head) / 1e6:.1f}M parameters"
+    print(f"{args.size}: {parameters}, {cfg.pairs} prompts of up to {cfg.prompt_tokens} tokens,")
     print(f"two responses of up to {cfg.response_tokens}, {updates} updates an iteration;")
     print(f"medians of {args.rounds} turns of {args.iterations - 1} iterations\n")
     print("| phase | seconds | tokens/s | share of the limit |\n| --- | --- | --- | --- |")
+    rate_of = mine["sampled"] / mine["sample"]
     share = read / copy / mine["sample"]
-    print(f"| sampling | {mine['sample']:.3f} | {mine['sampled'] / mine['sample']:.0f} | {share:.0%} of bandwidth |")
-    print(f"| scores and log-probs | {mine['in_chunks']:.3f} | | |")
+    print(f"| sampling | {mine['sample']:.3f} | {rate_of:.0f} | {share:.0%} of bandwidth |")
+    print(f"| scores and log-probs | {mine['in_parts']:.3f} | | |")
+    rate_of = mine["trained"] / mine["updates"]
     share = compute / product / mine["updates"]
-    print(f"| updates | {mine['updates']:.3f} | {mine['trained'] / mine['updates']:.0f} | {share:.0%} of arithmetic |")
+    print(f"| updates | {mine['updates']:.3f} | {rate_of:.0f} | {share:.0%} of arithmetic |")
     print(f"| iteration of p3o.py | {mine['iteration']:.3f} | | |")
     if theirs:
         ratios = [their / our["iteration"] for their, our in zip(theirs, ours, strict=True)]

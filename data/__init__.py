@@ -1,0 +1,1 @@
+"""Preference data: made (`generate`), judged (`judge`) and read from anywhere (`preferences`)."""

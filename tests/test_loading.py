@@ -1,0 +1,114 @@
+"""Loading the model that SFT starts from."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GraniteConfig
+
+import p3o
+from data.preferences import InputError
+
+
+@pytest.fixture
+def plain_gpt2(tiny, tmp_path) -> Path:
+    """The path of the real GPT-2: a directory whose tokenizer has EOS alone."""
+    tiny[0].save_pretrained(tmp_path)
+    tiny[2].save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"pad_token": None}))
+    return tmp_path
+
+
+def config(path: Path, **options) -> p3o.Config:
+    sizes = dict(prompt_tokens=32, response_tokens=40)
+    return p3o.Config(model=str(path), **sizes | options)
+
+
+def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(plain_gpt2):
+    model, tokenizer = p3o.load_base(config(plain_gpt2))
+    pad = tokenizer.pad_token_id
+    assert pad not in (None, tokenizer.eos_token_id)
+    assert model.config.pad_token_id == pad < model.get_input_embeddings().num_embeddings
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.dtype == torch.float32
+
+
+def test_a_model_brings_no_penalties_of_its_own(plain_gpt2):
+    """They would be sampled with, but not scored."""
+    settings = {"repetition_penalty": 1.3, "temperature": 0.5}
+    (plain_gpt2 / "generation_config.json").write_text(json.dumps(settings))
+    model, tokenizer = p3o.load_base(config(plain_gpt2))
+    inherited = model.generation_config
+    assert inherited.repetition_penalty in (None, 1.0)
+    assert inherited.eos_token_id == tokenizer.eos_token_id
+    assert inherited.pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused(plain_gpt2):
+    """On a GPU it would be an assertion of CUDA's."""
+    with pytest.raises(InputError, match="must be at most 72"):
+        p3o.load_base(config(plain_gpt2, prompt_tokens=33))
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--model .*nothing"):
+        p3o.load_base(config(tmp_path / "nothing"))
+
+
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    (
+        Gemma2Config(final_logit_softcapping=5.0, initializer_range=1.0, **SIZES),
+        GraniteConfig(logits_scaling=8.0, **SIZES),
+    ),
+    ids=("capped", "scaled"),
+)
+def test_a_model_that_changes_its_logits_after_the_head_is_refused_by_name(changed, tiny, tmp_path):
+    """It would be sampled and scored as another model than the library's."""
+    changed.vocab_size = len(tiny[2])
+    model = AutoModelForCausalLM.from_config(changed)
+    model.save_pretrained(tmp_path)
+    tiny[2].save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{type(model).__name__} scales or caps"):
+        p3o.load_base(config(tmp_path))
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt_neox", "qwen2"))
+def test_a_model_with_plain_logits_is_taken(family, tiny, tmp_path):
+    sizes = SIZES | {"num_key_value_heads": 4}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=len(tiny[2]), **sizes)
+    )
+    model.save_pretrained(tmp_path)
+    tiny[2].save_pretrained(tmp_path)
+    loaded, _ = p3o.load_base(config(tmp_path))
+    assert type(loaded) is type(model)
+
+
+def test_offline_one_try_is_enough(tmp_path):
+    """The library would try six times, for half a minute."""
+    environment = {"PATH": "", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, p3o.__file__, "--out", str(tmp_path / "out")]
+    began = time.monotonic()
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert time.monotonic() - began < 25
+    assert result.returncode == 1
+    *_, line = result.stderr.splitlines()
+    assert line.startswith("p3o.py: --model gpt2: ")
+    assert not (tmp_path / "out").exists()

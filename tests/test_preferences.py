@@ -1,0 +1,273 @@
+"""Preference pairs from every source and in every format."""
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from toys import dialogue
+
+from data.preferences import InputError, Pair, Unusable, load_pairs, split_row
+
+
+def hh(chosen: str, rejected: str) -> dict[str, str]:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- Rows of text --------------------------------------------------------------------------
+def test_a_row_is_split_after_the_last_assistant_turn_that_both_share():
+    chosen = dialogue("Hi", "Hello", "Help", "Yes")
+    rejected = dialogue("Hi", "Hello", "Help", "Yes, gladly")
+    pair = split_row(hh(chosen, rejected))
+    assert pair.prompt == dialogue("Hi", "Hello", "Help") + "\n\nAssistant:"
+    assert pair.chosen == " Yes"
+    assert pair.rejected == " Yes, gladly"
+
+
+def test_a_row_may_bring_its_prompt():
+    """The ecosystem's explicit format; what the responses share belongs to them."""
+    row = {"prompt": dialogue("Go?"), "chosen": " Yes, do", "rejected": " Yes, wait"}
+    assert split_row(row) == Pair(dialogue("Go?"), " Yes, do", " Yes, wait")
+    row = {"prompt": "Question: 1 + 1?", "chosen": "A", "rejected": "B"}
+    assert split_row(row) == Pair("Question: 1 + 1?", "A", "B")
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("no shared prompt", hh(dialogue("Hi", "A"), dialogue("Ho", "A"))),
+        ("no shared prompt", hh("A", "B")),
+        (
+            "a new human turn in a response",
+            hh(dialogue("Hi", "A", "and", "B"), dialogue("Hi", "C")),
+        ),
+        (
+            "a new human turn in a response",
+            hh(dialogue("Hi", "C"), dialogue("Hi", "A", "and", "B")),
+        ),
+        ("empty response", hh(dialogue("Hi", "A"), dialogue("Hi", " "))),
+        ("empty response", hh(dialogue("Hi", " "), dialogue("Hi", "A"))),
+        ("equal responses", hh(dialogue("Hi", "A"), dialogue("Hi", "A"))),
+        ("empty response", {"prompt": "Go?", "chosen": " ", "rejected": "B"}),
+        ("no shared prompt", {"prompt": " ", "chosen": "A", "rejected": "B"}),
+    ],
+)
+def test_rows_that_cannot_be_used_are_dropped_with_their_reason(reason, row):
+    with pytest.raises(Unusable, match=reason):
+        split_row(row)
+
+
+# ---- Rows of messages ----------------------------------------------------------------------
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+TALK = [user("Hi"), assistant("Hello"), user("Help")]
+YES = [assistant("Yes")]
+NO = [assistant("No ")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        {"chosen": TALK + YES, "rejected": TALK + NO},
+        {"prompt": TALK, "chosen": YES, "rejected": NO},
+        {"prompt": "Help", "chosen": TALK + YES, "rejected": TALK + NO},  # some bring both
+    ),
+    ids=("shared beginning", "prompt of messages", "prompt of text beside messages"),
+)
+def test_messages_without_a_chat_template_become_an_hh_dialogue(row):
+    prompt = dialogue("Hi", "Hello", "Help") + "\n\nAssistant:"
+    assert split_row(row) == Pair(prompt, " Yes", " No")
+
+
+def test_a_system_message_opens_the_dialogue():
+    system = {"role": "system", "content": "Be kind."}
+    pair = split_row({"prompt": [system, user("Hi")], "chosen": YES, "rejected": NO})
+    assert pair.prompt == "\n\nSystem: Be kind." + dialogue("Hi") + "\n\nAssistant:"
+
+
+class Templated:
+    """A tokenizer with a chat template like ChatML's."""
+
+    eos_token = "<|im_end|>"
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        text = ""
+        for message in messages:
+            text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+        return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+
+def test_messages_go_through_the_tokenizers_own_chat_template():
+    """The response ends before EOS, which the token ids get for all formats alike."""
+    pair = split_row({"chosen": TALK + YES, "rejected": TALK + NO}, Templated())
+    assert pair.prompt.startswith("<|im_start|>user\nHi<|im_end|>\n")
+    assert pair.prompt.endswith("<|im_start|>user\nHelp<|im_end|>\n<|im_start|>assistant\n")
+    assert (pair.chosen, pair.rejected) == ("Yes", "No ")
+
+
+def test_the_real_template_of_a_tokenizer_is_used(tiny, fresh):
+    tokenizer = fresh(tiny[2])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    eos = tokenizer.eos_token
+    pair = split_row({"prompt": [user("Hi")], "chosen": YES, "rejected": NO}, tokenizer)
+    assert pair == Pair(f"[user] Hi{eos}[assistant]", " Yes", " No ")
+
+
+def test_a_template_that_does_not_continue_its_own_prompt_is_refused():
+    class Odd(Templated):
+        def apply_chat_template(self, messages, **options):
+            return f"{len(messages)} messages"
+
+    with pytest.raises(InputError, match="chat template"):
+        split_row({"prompt": TALK, "chosen": YES, "rejected": NO}, Odd())
+
+
+@pytest.mark.parametrize("tokenizer", (None, Templated()), ids=("HH", "template"))
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("no shared prompt", {"chosen": [user("A"), *YES], "rejected": [user("B"), *NO]}),
+        ("no shared prompt", {"chosen": YES, "rejected": NO}),
+        ("a new human turn", {"chosen": TALK + YES + TALK + YES, "rejected": TALK + NO}),
+        ("a new human turn", {"prompt": TALK, "chosen": YES, "rejected": NO + TALK}),
+        ("equal responses", {"chosen": TALK + YES, "rejected": TALK + YES}),
+        ("empty response", {"prompt": TALK, "chosen": [assistant(" ")], "rejected": NO}),
+        ("not an assistant's", {"prompt": TALK, "chosen": [user("Yes")], "rejected": NO}),
+    ],
+)
+def test_messages_that_cannot_be_used_are_dropped_with_their_reason(reason, row, tokenizer):
+    with pytest.raises(Unusable, match=reason):
+        split_row(row, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        {"chosen": "A"},
+        {"chosen": "A", "rejected": None},
+        {"chosen": "A", "rejected": NO},
+        {"chosen": [], "rejected": NO},
+        {"chosen": ["Yes"], "rejected": NO},
+        {"chosen": [{"role": "assistant"}], "rejected": NO},
+        {"chosen": [{"from": "gpt", "value": "Yes"}], "rejected": NO},
+        {"prompt": TALK, "chosen": "A", "rejected": "B"},
+    ),
+    ids=str,
+)
+def test_a_row_of_another_form_is_refused(row):
+    with pytest.raises(InputError, match="must be text or lists of messages"):
+        split_row(row)
+
+
+# ---- Files and directories -----------------------------------------------------------------
+ROWS = [hh(dialogue(f"Hi {i}", f'"A", {i}'), dialogue(f"Hi {i}", "B\nC")) for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"),
+)
+def test_every_file_format_gives_the_same_pairs(name, tmp_path):
+    rows = [{"prompt": None, **ROWS[0]}, *ROWS[1:]]  # a prompt may be missing here and there
+    table = datasets.Dataset.from_list(rows)
+    plain = tmp_path / "plain"
+    if ".parquet" in name:
+        table.to_parquet(plain)
+    elif ".csv" in name:
+        table.to_csv(plain)
+    else:
+        table.to_json(plain, lines=".jsonl" in name)
+    content = plain.read_bytes()
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    (tmp_path / name).write_bytes(content)
+    train, heldout = load_pairs(str(tmp_path / name))
+    assert {*train, *heldout} == {split_row(row) for row in ROWS}
+
+
+def test_files_of_messages_give_their_pairs(tmp_path):
+    rows = []
+    for i in range(40):
+        rows.append({"chosen": [user(f"Hi {i}"), *YES], "rejected": [user(f"Hi {i}"), *NO]})
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    train, heldout = load_pairs(str(path))
+    assert len(train) + len(heldout) == 40
+    assert {pair.chosen for pair in train} == {" Yes"}
+
+
+def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(
+    tmp_path, monkeypatch
+):
+    for name, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
+        plain = write(tmp_path / "plain", part)
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "readme.py").write_text("not data")
+    train, heldout = load_pairs(str(tmp_path))
+    assert train == [split_row(row) for row in ROWS[:30]]
+    assert heldout == [split_row(row) for row in ROWS[30:]]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert load_pairs(f"~/{tmp_path.name}") == (train, heldout)
+
+
+def test_a_single_file_holds_out_whole_prompts(tmp_path):
+    """Answers to one prompt are alike: with some in training, the others would look easy."""
+    rows = []
+    for i in range(600):
+        rows.append(hh(dialogue(f"Hi {i // 3}", f"A {i}"), dialogue(f"Hi {i // 3}", "B")))
+    train, heldout = load_pairs(str(write(tmp_path / "rows.jsonl", rows)))
+    assert len(train) + len(heldout) == len({*train, *heldout}) == 600
+    assert 30 <= len(heldout) <= 90
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
+
+
+def test_dropped_rows_are_counted(tmp_path, capsys):
+    bad = [hh(dialogue("Hi", "A"), dialogue("Hi", "A"))] * 3
+    path = write(tmp_path / "rows.jsonl", ROWS + bad)
+    train, heldout = load_pairs(str(path))
+    assert len(train) + len(heldout) == 40
+    assert len(heldout) > 0
+    assert "3 of 43 rows dropped: equal responses" in capsys.readouterr().out
+
+
+def test_a_bad_row_is_named_with_its_number(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [*ROWS, {"chosen": "A", "rejected": None}])
+    with pytest.raises(InputError, match="train row 41: chosen, rejected"):
+        load_pairs(str(path))
+
+
+def test_one_held_out_pair_is_too_few(tmp_path):
+    """One figure has no interval."""
+    write(tmp_path / "train.jsonl", ROWS[:30])
+    write(tmp_path / "test.jsonl", ROWS[30:31])
+    with pytest.raises(InputError, match="too few usable rows"):
+        load_pairs(str(tmp_path))
+
+
+def test_one_prompt_cannot_be_both_trained_on_and_held_out(tmp_path):
+    path = write(tmp_path / "rows.jsonl", ROWS[:1] * 30)
+    with pytest.raises(InputError, match="too few usable rows"):
+        load_pairs(str(path))
+
+
+@pytest.mark.parametrize("source", ("nowhere/rows.jsonl", "./nowhere", "/nowhere"))
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(InputError, match="no such file or directory"):
+        load_pairs(source)

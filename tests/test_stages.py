@@ -1,0 +1,250 @@
+"""What all stages promise; stages 1 and 2, and the gain between 2 and 3."""
+
+import math
+
+import pytest
+import torch
+from toys import batch, encode, nothing, small, train
+
+import p3o
+
+POLICY = pytest.param("policy", marks=pytest.mark.problem_8)
+every_stage = pytest.mark.parametrize("stage", ("sft", "reward", POLICY))
+
+
+@pytest.fixture
+def model_of(tiny, fresh):
+    """Makes the model that a stage trains."""
+
+    def make(stage: str):
+        policy, reward_model, *_ = tiny
+        return fresh(reward_model if stage == "reward" else policy)
+
+    return make
+
+
+# ---- All three -----------------------------------------------------------------------------
+@every_stage
+def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, model_of, monkeypatch, stage):
+    """Else a stage that ends early would never see the end of the data."""
+    examples = []
+    for i, example in enumerate(encode(tiny, 24)):
+        examples.append(example._replace(prompt=[i]))  # each prompt its own number
+    cfg = small(batch=7, epochs=2, iterations=7, pairs=7, minibatch=7, response_tokens=2)
+    seen = []
+    name = "sample" if stage == "policy" else "collate"
+    plain = getattr(p3o, name)
+
+    def watched(*args):
+        prompts = next(arg for arg in args if isinstance(arg, list | tuple))
+        if stage == "reward":  # there, each comes twice
+            prompts = prompts[::2]
+        seen.extend(prompt[0] for prompt in prompts)
+        return plain(*args)
+
+    monkeypatch.setattr(p3o, name, watched)
+    torch.manual_seed(0)
+    train(stage, model_of(stage), tiny[0], examples, cfg)
+    first = seen[:24]
+    second = seen[24:48]
+    assert sorted(first) == sorted(second) == list(range(24)), "a pass should see each row once"
+    assert first != second, "each pass should come in a new order"
+    assert list(range(24)) not in (first, second), "the first pass should be shuffled, too"
+
+
+@every_stage
+def test_every_stages_learning_rate_falls_until_its_last_update_and_not_before(
+    tiny, model_of, monkeypatch, stage
+):
+    """22 rows by 8 in two passes are 6 updates; 3 iterations of two passes over 11 pairs by 4
+    are 18, with one rate an iteration."""
+    peak = {"sft": 0.1, "reward": 0.2, "policy": 0.3}[stage]
+    sizes = dict(batch=8, epochs=2, iterations=3, pairs=11, minibatch=4, response_tokens=4)
+    cfg = small(sft_lr=0.1, reward_lr=0.2, lr=0.3, **sizes)
+    rates = []
+
+    def watched(model, optimizer, lr):
+        rates.append(lr)
+        optimizer.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(p3o, "gradient_step", watched)
+    monkeypatch.setattr(p3o, "self_check", nothing)
+    train(stage, model_of(stage), tiny[0], encode(tiny, 22), cfg)
+    if stage == "policy":
+        expected = [p3o.learning_rate(peak, update // 6, 3) for update in range(18)]
+    else:
+        expected = [p3o.learning_rate(peak, update, 6) for update in range(6)]
+    assert rates == pytest.approx(expected)
+
+
+@every_stage
+def test_every_stage_turns_dropout_off(tiny, model_of, stage):
+    """GPT-2's default dropout is 0.1: two forwards of one policy would differ, and so would
+    ratios from 1."""
+    model = model_of(stage).train()
+    assert model.config.resid_pdrop > 0
+    examples = encode(tiny, 2)
+    cfg = small(sft_lr=0.0, reward_lr=0.0, lr=0.0, iterations=1, pairs=2, minibatch=2)
+    train(stage, model, tiny[0], examples, cfg)
+    ids = torch.tensor([examples[0].prompt])
+    with torch.no_grad():
+        first = model.base_model(ids).last_hidden_state
+        second = model.base_model(ids).last_hidden_state
+    assert torch.equal(first, second), "dropout is on"
+
+
+@every_stage
+@pytest.mark.parametrize("size", (1, 2, 4))
+def test_micro_batches_change_memory_and_not_the_update(tiny, model_of, stage, size):
+    """One at a time, two, four with two left over: metrics and weights of all at once, in
+    float64."""
+    sizes = dict(batch=6, epochs=1, iterations=2, pairs=12, minibatch=6, response_tokens=6)
+
+    def run(micro_batch):
+        model = model_of(stage).double()
+        reference = model_of(stage).double()
+        rows = []
+        seen = []
+
+        def log(step, row):
+            rows.append(row)
+
+        def spy(logprobs, *rest, **options):
+            seen.append(len(logprobs))
+            return p3o.p3o_loss(logprobs, *rest, **options)
+
+        torch.manual_seed(0)
+        cfg = small(micro_batch=micro_batch, **sizes)
+        train(stage, model, reference, encode(tiny, 12), cfg, log, spy)
+        if stage == "policy":
+            assert max(seen) == min(micro_batch, 6)
+        return rows, list(model.parameters())
+
+    rows, weights = run(12)
+    other_rows, other_weights = run(size)
+    for row, other in zip(rows, other_rows, strict=True):
+        same = row == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert same, "the metrics depend on the micro-batch"
+    for weight, other in zip(weights, other_weights, strict=True):
+        same = torch.allclose(weight, other, atol=1e-6)
+        assert same, "the update depends on the micro-batch"
+
+
+# ---- Stages 1 and 2 ------------------------------------------------------------------------
+def test_the_sft_loss_is_the_mean_over_the_tokens_of_the_chosen_responses(tiny, fresh):
+    """Prompts, padding and rejected responses do not count."""
+    examples = encode(tiny, 8)
+    rows = []
+    cfg = small(batch=8, epochs=1)
+    p3o.train_sft(fresh(tiny[0]), examples, cfg, lambda step, row: rows.append(row))
+    total = 0.0
+    count = 0
+    with torch.no_grad():
+        for example in examples:
+            ids = torch.tensor([example.prompt + example.chosen])
+            chosen = torch.tensor(example.chosen)
+            logits = tiny[0](ids).logits[0, len(example.prompt) - 1 : -1]
+            total += torch.nn.functional.cross_entropy(logits, chosen, reduction="sum").item()
+            count += len(chosen)
+    assert rows[0]["sft/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_sft_makes_the_chosen_responses_likelier(tiny, fresh):
+    losses = []
+    torch.manual_seed(0)
+    cfg = small(batch=8, epochs=3)
+    log = lambda step, row: losses.append(row["sft/loss"])  # noqa: E731
+    p3o.train_sft(fresh(tiny[0]), encode(tiny, 64), cfg, log)
+    assert sum(losses[-4:]) < sum(losses[:4]) / 2
+
+
+def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
+    """It comes to rank its training pairs as labelled, better than chance would."""
+    model = fresh(tiny[1])
+    rows = []
+    examples = encode(tiny, 256)
+    torch.manual_seed(0)
+    cfg = small(epochs=3, batch=16)
+    p3o.train_reward(model, examples, cfg, lambda step, row: rows.append(row))
+    assert rows[0]["reward/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert sum(row["reward/loss"] for row in rows[-10:]) / 10 < 0.6
+    assert sum(row["reward/accuracy"] for row in rows[-10:]) / 10 > 0.6
+    with torch.no_grad():
+        scores = p3o.score_pairs(model, examples)
+    assert (scores[:, 0] > scores[:, 1]).float().mean() > 0.7
+
+
+# ---- The gain ------------------------------------------------------------------------------
+@pytest.mark.problem_7
+def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, monkeypatch):
+    """Those that it saw, of two responses to each of the prompts."""
+    policy, reward_model, _, cfg, _ = tiny
+    model = fresh(reward_model)
+    with torch.no_grad():
+        model.score.weight.mul_(30)
+    before = model.score.weight.detach().clone()
+    prompts = [example.prompt for example in encode(tiny, 32)]
+    plain = p3o.reward_scores
+    seen = []
+
+    def watched(model, ids, mask):
+        scores = plain(model, ids, mask)
+        seen.append(scores.detach().clone())
+        return scores
+
+    monkeypatch.setattr(p3o, "reward_scores", watched)
+    torch.manual_seed(0)
+    factor = p3o.set_gain(model, policy, prompts, cfg)
+    scores = torch.cat(seen)
+    assert scores.shape == (32, 2)
+    gaps = scores[:, 0] - scores[:, 1]
+    assert (gaps * factor).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(model.score.weight, before * factor)
+    body = model.base_model.state_dict().values()
+    same = all(map(torch.equal, body, reward_model.base_model.state_dict().values()))
+    assert same, "the gain is the head's alone"
+
+
+def test_a_reward_model_that_scores_all_alike_has_no_gain(tiny, fresh):
+    model = fresh(tiny[1])
+    torch.nn.init.zeros_(model.score.weight)
+    with pytest.raises(FloatingPointError, match="--reward-lr"):
+        p3o.set_gain(model, tiny[0], [[1], [2]], tiny[3])
+
+
+@pytest.mark.problem_7
+def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkeypatch):
+    """A gain from absolute scores would: their spread holds that of δ(x), and so would every
+    update after it."""
+    policy, reward_model, *_ = tiny
+    prompts = [example.prompt for example in encode(tiny, 32)]
+    plain = p3o.reward_scores
+
+    def shifted(model, ids, mask):
+        in_prompt = mask.cumsum(-1) == 0
+        offset = (ids * in_prompt).sum(-1).double()  # one number a prompt
+        return plain(model, ids, mask).double() + offset
+
+    torch.manual_seed(0)
+    factor = p3o.set_gain(fresh(reward_model), policy, prompts, tiny[3])
+    monkeypatch.setattr(p3o, "reward_scores", shifted)
+    torch.manual_seed(0)
+    assert p3o.set_gain(fresh(reward_model), policy, prompts, tiny[3]) == pytest.approx(factor)
+
+
+# ---- Mixed precision -----------------------------------------------------------------------
+def test_the_reward_head_is_applied_in_float32(tiny, monkeypatch):
+    """In what a GPU does, with the CPU's bf16."""
+    reward_model = tiny[1]
+    ids, mask = batch(tiny)
+    monkeypatch.setattr(p3o, "mixed_precision", torch.autocast("cpu", torch.bfloat16))
+    with torch.no_grad():
+        scores = p3o.reward_scores(reward_model, ids, mask)
+        with p3o.mixed_precision:
+            hidden = reward_model.base_model(ids).last_hidden_state
+    last = (mask * torch.arange(ids.shape[1])).argmax(1)
+    read = hidden[torch.arange(len(ids)), last].double()
+    exact = read @ reward_model.score.weight[0].double()
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores.double(), exact, rtol=1e-5, atol=1e-6)
