@@ -74,7 +74,7 @@ from transformers import (
 from data import judge
 from data.preferences import HUMAN, InputError, Pair, load_pairs, try_hub
 
-SHIPPED_DATA = (Path(__file__).parent / "data").resolve()
+SHIPPED_DATA = Path(judge.__file__).resolve().parent
 GAIN_PROMPTS = 128  # the size of r_1 − r_2 from so many pairs is right to about 6 %
 CHECKPOINT_EVERY = 20  # iterations of stage 3
 STAGES = {"sft": "sft_lr", "reward": "reward_lr", "p3o": "lr"}  # and their learning rates
@@ -184,7 +184,8 @@ def collate(
 ) -> tuple[Tensor, Tensor]:
     """Prompt + response, padded on the right with the model's pad token: ids and mask.
 
-    Both are (N, T); the mask is True on each response token, EOS included, and nowhere else.
+    Both are (N, T), T the length of the longest row, on the model's device. The mask is True on
+    each response token, EOS included, and nowhere else.
     """
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
     pad = model.config.pad_token_id
@@ -240,7 +241,9 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw n responses to each prompt from π, token by token, up to EOS or max_tokens.
 
-    Returns ids and mask as `collate` does, but (B, n, T). Only in here is padding on the left.
+    Returns ids and mask as `collate` does, but (B, n, T): a response ends with its first EOS.
+    Every token may be drawn, as often as `response_logprobs` says; all draws are independent.
+    Only in here is padding on the left.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n
     longest = max(len(row) for row in rows)  # P
@@ -286,10 +289,11 @@ def sample(
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """log π(y^t | x, y^<t) of each response token in nats, 0 elsewhere.
 
-    (…, T−1) from ids and mask (…, T): column t belongs to token t+1, since none predicts the
-    first. No attention mask: padding stands on the right, where a causal model never looks, and
-    positions count from 0. Only response positions meet the vocabulary, in fp32; the hidden
-    states of others, NaN or not, are never used.
+    (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T); column t belongs
+    to token t+1, since none predicts the first. No attention mask: padding stands on the right,
+    where a causal model never looks, and positions count from 0. Only response positions meet
+    the vocabulary (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model
+    is in, and other positions' hidden states, NaN or not, are never used.
     """
     flat = ids.flatten(0, -2)  # (N, T)
     predicted = response_mask.flatten(0, -2)[:, 1:]  # (N, T−1): True where t+1 is response
@@ -310,7 +314,8 @@ def sequence_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
 def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """r(x, y), one score a response, read at its last token, EOS included: (…) from (…, T).
 
-    No other hidden state is used; the head is applied in fp32.
+    `model.score`, in fp32, of that token's hidden state, which `model.base_model` gives for ids
+    (N, T); no other hidden state is used. The library's own forward gives the same score.
     """
     with mixed_precision:
         hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
@@ -526,8 +531,9 @@ def set_gain(
 ) -> float:
     """Scale the head so that r_1 − r_2 has root mean square 1 on pairs sampled by SFT's policy.
 
-    β then has a unit: it is a price per nat, in typical differences of the reward. Returns the
-    factor. Raises FloatingPointError if the scores are all alike.
+    The pairs are drawn by `sample`, one for each of the prompts, and scored by `reward_scores`,
+    any number at a time. β then has a unit: it is a price per nat, in typical differences of the
+    reward. Returns the factor. Raises FloatingPointError if the scores are all alike.
     """
     differences = []
     for batch in parts_of(prompts, cfg.minibatch, "  gain   "):
@@ -555,12 +561,18 @@ def train_policy(
 ) -> None:
     """Sample a pair for each of cfg.pairs prompts, score it, update, throw the pairs away.
 
-    `score` gives (B, 2) scores for ids and mask (B, 2, T), `loss_fn` takes what `p3o_loss` does,
-    and log(iteration, metrics) is called once an iteration, with the means of loss_fn's metrics,
-    loss/policy and policy/grad_norm over the pairs updated on, and over the samples those of
-    objective/scores, objective/kl (log π_old − log π_ref), objective/entropy (−log π_old),
-    response/length and response/finished (by EOS). No dropout, no weight decay; each inner epoch
-    shuffles the pairs. Where `checkpoint` exists, the stage goes on from it.
+    The prompts of iteration t are shuffled(prompts, cfg.pairs, cfg.iterations)[t], its learning
+    rate learning_rate(cfg.lr, t, cfg.iterations). `score` gives (B, 2) scores for ids and mask
+    (B, 2, T); `loss_fn` takes what `p3o_loss` does, with cfg's beta, clip and clip_range. Each
+    of cfg.inner_epochs shuffles the pairs, and makes a gradient_step on each cfg.minibatch of
+    them, its gradient that of the mean loss, by cfg.micro_batch pairs at a time. No dropout, no
+    weight decay. Log-probs are computed alike everywhere, so that before the first update,
+    where `self_check` says so, ratio = 1 and KL = 0.
+    log(t, metrics), once an iteration, gets the means of loss_fn's metrics, loss/policy and
+    policy/grad_norm over the pairs updated on, and over the samples those of objective/scores,
+    objective/kl (log π_old − log π_ref), objective/entropy (−log π_old), response/length and
+    response/finished (by EOS). Where `checkpoint` exists the stage goes on from it, and every
+    CHECKPOINT_EVERY iterations it is saved.
     """
     policy.eval()
     batches = shuffled(prompts, cfg.pairs, cfg.iterations)

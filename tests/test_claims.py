@@ -149,7 +149,8 @@ def test_bradley_terry_loss_is_the_mean_of_minus_log_sigmoid_of_chosen_minus_rej
     for margin in (chosen - rejected).tolist():
         total += math.log(1 + math.exp(-margin))
     loss = p3o.bradley_terry_loss(chosen, rejected)
-    assert loss.item() == pytest.approx(total / 32, rel=1e-12)
+    right = loss.item() == pytest.approx(total / 32, rel=1e-12)
+    assert right, "the loss should be the mean of −log σ(chosen − rejected)"
 
 
 @bradley_terry
@@ -287,7 +288,8 @@ def test_the_pairwise_policy_gradient_is_the_policy_gradient_on_and_off_policy(s
     """Baseline E r(y_2), double expectation, symmetrise; then ρ_1 ρ_2 changes both measures."""
     bandit = random_bandit(8, spread)
     found = expected_gradient(bandit, beta=0.0, clip="none")
-    assert close(found, exact_gradient(bandit, beta=0.0))
+    right = close(found, exact_gradient(bandit, beta=0.0))
+    assert right, "pairs from π_old weigh ρ_1 ρ_2 in the gradient ½ (r_1 − r_2) ∇ log(π_1/π_2)"
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
@@ -387,7 +389,10 @@ def test_the_loss_is_minus_the_mean_objective_of_the_equations(clip, spread):
     for pair in range(64):
         now = log_ratio[pair]
         total += objective_by_hand(now, now, q[pair], clip, eps=0.25, c=5.0)
-    assert loss.item() == pytest.approx(-total / 64, rel=1e-12)
+    right = loss.item() == pytest.approx(-total / 64, rel=1e-12)
+    assert right, (
+        "the loss should be −J of eq. (4) or (5), the mean over pairs; h is π's, not π_old's"
+    )
 
 
 @p3o_loss
@@ -404,10 +409,10 @@ def test_unclipped_both_variants_are_the_pairwise_policy_gradient_of_each_sample
     batch = random_batch(13, 0.8)
     ratios = (batch.logprobs - batch.old).sum(1).exp()  # (B,): ρ_1 ρ_2
     expected = along_G(0.5 * q_of(batch) * ratios)  # (B, 2)
-    assert close(pushes(batch, clip="none"), expected)
-    for clip in ("joint", "separate"):
+    for clip in ("none", "joint", "separate"):
         push = pushes(batch, clip=clip, clip_range=math.inf, ratio_bound=math.inf)
-        assert close(push, expected), clip
+        right = close(push, expected)
+        assert right, f"{clip}: not ½ q ρ_1 ρ_2: does q, or a weight, carry a gradient?"
 
 
 @p3o_loss
@@ -555,7 +560,7 @@ def test_losses_are_finite_and_right_where_both_ratios_are_extreme(clip, q, dtyp
     loss = loss_of(batch, beta=0.0, clip=clip)
     push = pushes(batch, beta=0.0, clip=clip)  # (4, 2)
     stopped = stopped_by_clip(batch, clip, beta=0.0)  # (4, 2)
-    assert loss.isfinite(), f"the loss is {loss}"
+    assert loss.isfinite(), f"{loss} at log ρ = ±100: take log(ρ_1/ρ_2) as a difference of logs"
     assert push.isfinite().all(), f"the gradient is {push}"
     assert (push[stopped] == 0).all(), "a gradient gets through where the clip should stop it"
     assert (push * along_G(scores[:, 0]) >= 0).all(), "a response is pushed the wrong way"

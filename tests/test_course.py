@@ -11,9 +11,10 @@ import sys
 import course
 from bugs import BUGS, DATA_BUGS
 from conftest import ROOT, TESTS
+from problems import PROBLEMS
 
 SOURCE = course.SOURCE.read_text()
-SOLVED = len(course.PROBLEMS) + 1
+SOLVED = len(PROBLEMS) + 1
 
 
 def functions(source: str) -> dict[str, ast.FunctionDef]:
@@ -47,9 +48,9 @@ def test_a_bug_that_is_handed_out_is_in_p3o():
 def test_the_starter_keeps_everything_but_the_bodies_of_the_problems():
     solution = functions(SOURCE)
     starter = functions(course.starter(SOURCE))
-    assert starter.keys() == solution.keys() > course.PROBLEMS.keys()
+    assert starter.keys() == solution.keys() > PROBLEMS.keys()
     for name, node in starter.items():
-        if name in course.PROBLEMS:
+        if name in PROBLEMS:
             assert ast.unparse(node.args) == ast.unparse(solution[name].args)
             specification = ast.get_docstring(node)
             assert specification == ast.get_docstring(solution[name])
@@ -62,7 +63,7 @@ def test_the_starter_keeps_everything_but_the_bodies_of_the_problems():
 def test_solving_the_last_problem_leaves_nothing_to_do():
     for solved in range(SOLVED):
         starter = course.starter(SOURCE, solved + 1)
-        assert starter.count("NotImplementedError") == len(course.PROBLEMS) - solved
+        assert starter.count("NotImplementedError") == len(PROBLEMS) - solved
     assert course.starter(SOURCE, SOLVED) == SOURCE
 
 
@@ -94,6 +95,6 @@ def test_every_problem_has_tests_and_the_readme_lists_it():
     readme = (ROOT / "README.md").read_text()
     assert f"bug 7 of {len(BUGS)} planted" in readme
     tests = all_tests()
-    for number, name in enumerate(course.PROBLEMS, 1):
+    for number, name in enumerate(PROBLEMS, 1):
         assert re.search(rf"^\| {number} \| `{name}` \|", readme, re.MULTILINE)
         assert f"pytest.mark.problem_{number}\n" in tests

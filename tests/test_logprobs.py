@@ -11,6 +11,7 @@ from toys import (
     TOY_PROMPTS,
     batch,
     encode,
+    llama,
     toy_batch,
     toy_model,
     unended,
@@ -33,7 +34,9 @@ def test_a_response_tokens_log_prob_is_read_one_position_earlier(tiny):
             logp = policy(torch.tensor([example.prompt + example.chosen])).logits[0].log_softmax(-1)
             start = len(example.prompt)
             for t, token in enumerate(example.chosen, start):
-                assert row[t - 1].item() == pytest.approx(logp[t - 1, token].item(), abs=1e-4)
+                right = row[t - 1].item() == pytest.approx(logp[t - 1, token].item(), abs=1e-4)
+                place = f"response token {t - start + 1} of {len(example.chosen)}"
+                assert right, f"{place}: its log-prob is read one position earlier"
 
 
 @pytest.mark.problem_2
@@ -91,13 +94,16 @@ def test_a_responses_log_prob_is_the_same_alone_and_in_a_padded_batch(tiny):
 
 
 @pytest.mark.problem_2
-def test_pairs_have_the_log_probs_of_their_rows(tiny):
-    """(B, 2, T) and (2B, T) are the same rows, in the same order."""
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_pairs_have_the_log_probs_of_their_rows(tiny, family):
+    """(B, 2, T) and (2B, T) are the same rows, in the same order; Llama takes (2B, T) alone."""
     ids, mask = batch(tiny)
+    model = tiny[0] if family == "gpt2" else llama(len(tiny[2]))
     with torch.no_grad():
-        rows = p3o.response_logprobs(tiny[0], ids, mask)
-        pairs = p3o.response_logprobs(tiny[0], ids.view(3, 2, -1), mask.view(3, 2, -1))
-    assert torch.equal(pairs, rows.view(3, 2, -1))
+        rows = p3o.response_logprobs(model, ids, mask)
+        pairs = p3o.response_logprobs(model, ids.view(3, 2, -1), mask.view(3, 2, -1))
+    assert pairs.shape == (3, 2, ids.shape[1] - 1)
+    assert torch.allclose(pairs, rows.view(3, 2, -1), atol=1e-5)
 
 
 @pytest.mark.problem_2
@@ -109,7 +115,7 @@ def test_positions_outside_the_response_are_left_out_not_multiplied_by_zero(toy)
     for poisoned in (False, True):
         model = copy.deepcopy(toy)
         keep = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
-        handle = with_nan_elsewhere(model, keep | (not poisoned))
+        handle = with_nan_elsewhere(model, ids, keep | (not poisoned))
         found = p3o.response_logprobs(model, ids, mask).sum(-1)
         found.square().sum().backward()
         handle.remove()
@@ -124,21 +130,24 @@ def test_only_response_positions_meet_the_vocabulary(tiny):
     policy = tiny[0]
     ids, mask = batch(tiny)
     seen = []
-    handle = policy.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    handle = policy.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
     p3o.response_logprobs(policy, ids, mask)
     handle.remove()
-    assert seen == [(mask.sum().item(), policy.config.n_embd)]
+    positions = sum(seen) // policy.config.n_embd
+    assert positions == mask.sum(), "the output head should see the response positions alone"
 
 
 @pytest.mark.problem_2
-def test_log_probs_are_computed_in_float32_even_in_a_bfloat16_model(toy):
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_log_probs_are_computed_in_float32_even_in_a_bfloat16_model(toy, dtype):
     """bf16 has three digits: a softmax over it would not even add up to one."""
-    model = copy.deepcopy(toy).to(torch.bfloat16)
+    model = copy.deepcopy(toy).to(dtype)
     with torch.no_grad():
         found = p3o.response_logprobs(model, *toy_batch([0]))
         first = model(torch.tensor([[0]])).logits[0, -1].float().log_softmax(-1)
     assert found.dtype == torch.float32
-    assert found.sum(-1)[0].item() == pytest.approx(first[EOS].item(), abs=1e-6)
+    right = found.sum(-1)[0].item() == pytest.approx(first[EOS].item(), abs=1e-6)
+    assert right, "the softmax should be in float32"
 
 
 @pytest.mark.problem_2

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from toys import EOS, LONGEST, PAD, TOY_PROMPTS, encode, every_response, toy_batch
-from transformers import LlamaConfig, LlamaForCausalLM
+from toys import EOS, LONGEST, PAD, TOY_PROMPTS, encode, every_response, llama, toy_batch
 
 import p3o
 
@@ -16,7 +15,8 @@ import p3o
 def test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos(toy):
     torch.manual_seed(0)
     ids, mask = p3o.sample(toy, TOY_PROMPTS * 50, 2, LONGEST)
-    assert ids.shape == mask.shape == (100, 2, 3 + LONGEST)
+    assert ids.shape == mask.shape
+    assert ids.shape[:2] == (100, 2)
     ends = set()
     for prompt, rows, masks in zip(TOY_PROMPTS * 50, ids.tolist(), mask.tolist(), strict=True):
         for row, covered in zip(rows, masks, strict=True):
@@ -33,22 +33,6 @@ def test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_fir
     assert len(ends) == 4  # lengths 1, 2 and 3 by EOS, and 3 by the limit
 
 
-def tiny_llama() -> LlamaForCausalLM:
-    """The toy with rotary positions."""
-    config = LlamaConfig(
-        vocab_size=5,
-        initializer_range=0.6,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=EOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def standard_errors(counts, probability):
     """How far frequencies are from probabilities, (V,) each."""
     deviation = (probability * (1 - probability) * counts.sum()).sqrt()
@@ -63,7 +47,10 @@ def test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a
     """Left padding that shifts positions, a temperature or a lost EOS would show."""
     torch.manual_seed(0)
     draws = 20_000
-    model = toy if positions == "learned" else tiny_llama()
+    model = toy
+    if positions == "rotary":
+        tokens = dict(bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD)
+        model = llama(5, initializer_range=0.6, **tokens)
     number = {tuple(response): i for i, response in enumerate(every_response())}
     ids, mask = p3o.sample(model, TOY_PROMPTS, draws, LONGEST)
     for prompt, rows, masks in zip(TOY_PROMPTS, ids, mask, strict=True):
@@ -113,11 +100,12 @@ def test_a_data_pair_and_a_sample_with_the_same_text_are_the_same_input(toy):
     ids, mask = p3o.sample(toy, TOY_PROMPTS * 20, 1, LONGEST)
     responses = [row[covered].tolist() for row, covered in zip(ids, mask, strict=True)]
     data_ids, data_mask = p3o.collate(TOY_PROMPTS * 20, responses, toy)
-    assert torch.equal(ids[:, 0], data_ids)
-    assert torch.equal(mask[:, 0], data_mask)
+    width = data_ids.shape[1]
+    assert torch.equal(ids[:, 0, :width], data_ids)
+    assert torch.equal(mask[:, 0, :width], data_mask)
+    assert not mask[..., width:].any(), "nothing but padding may follow the longest row"
 
 
-@pytest.mark.problem_3
 def test_not_a_number_is_no_token_outside_the_vocabulary(toy):
     """The update after it then stops the run with a clear message."""
     model = copy.deepcopy(toy)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toys import batch, encode, with_nan_elsewhere
+from toys import batch, encode, llama, with_nan_elsewhere
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import p3o
@@ -25,7 +25,8 @@ def test_a_score_is_read_at_the_last_response_token(tiny):
         assert (p3o.reward_scores(reward_model, changed, mask) != scores).all(), (
             "the last token, EOS, is not read"
         )
-        assert torch.allclose(p3o.reward_scores(reward_model, after, mask), scores, atol=1e-5)
+        same = torch.allclose(p3o.reward_scores(reward_model, after, mask), scores, atol=1e-5)
+        assert same, "the score changes with what stands behind the last response token"
 
 
 @pytest.mark.problem_4
@@ -47,13 +48,19 @@ def test_a_score_is_the_same_alone_and_in_a_padded_batch(tiny):
 
 
 @pytest.mark.problem_4
-def test_pairs_have_the_scores_of_their_rows(tiny):
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_pairs_have_the_scores_of_their_rows(tiny, family):
+    """(B, 2, T) and (2B, T) are the same rows, in the same order; Llama takes (2B, T) alone."""
     ids, mask = batch(tiny)
+    model = tiny[1]
+    if family == "llama":
+        config = llama(len(tiny[2]), num_labels=1, pad_token_id=tiny[2].pad_token_id).config
+        model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
-        rows = p3o.reward_scores(tiny[1], ids, mask)
-        assert torch.equal(
-            p3o.reward_scores(tiny[1], ids.view(3, 2, -1), mask.view(3, 2, -1)), rows.view(3, 2)
-        )
+        rows = p3o.reward_scores(model, ids, mask)
+        pairs = p3o.reward_scores(model, ids.view(3, 2, -1), mask.view(3, 2, -1))
+    assert pairs.shape == (3, 2)
+    assert torch.allclose(pairs, rows.view(3, 2), atol=1e-5)
 
 
 @pytest.mark.problem_4
@@ -73,7 +80,7 @@ def test_hidden_states_other_than_the_last_tokens_do_not_reach_the_score(tiny):
     last = (mask * torch.arange(ids.shape[1])).argmax(1, keepdim=True)
     with torch.no_grad():
         scores = p3o.reward_scores(reward_model, ids, mask)
-        handle = with_nan_elsewhere(reward_model, torch.arange(ids.shape[1]) == last)
+        handle = with_nan_elsewhere(reward_model, ids, torch.arange(ids.shape[1]) == last)
         poisoned = p3o.reward_scores(reward_model, ids, mask)
         handle.remove()
     assert torch.equal(scores, poisoned), "another position than the last token's reaches the score"

@@ -1,5 +1,6 @@
 """What all stages promise; stages 1 and 2, and the gain between 2 and 3."""
 
+import inspect
 import math
 
 import pytest
@@ -35,12 +36,12 @@ def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, model_of, mo
     name = "sample" if stage == "policy" else "collate"
     plain = getattr(p3o, name)
 
-    def watched(*args):
-        prompts = next(arg for arg in args if isinstance(arg, list | tuple))
+    def watched(*args, **options):
+        prompts = inspect.signature(plain).bind(*args, **options).arguments["prompts"]
         if stage == "reward":  # there, each comes twice
             prompts = prompts[::2]
         seen.extend(prompt[0] for prompt in prompts)
-        return plain(*args)
+        return plain(*args, **options)
 
     monkeypatch.setattr(p3o, name, watched)
     torch.manual_seed(0)
@@ -197,10 +198,12 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, mon
     torch.manual_seed(0)
     factor = p3o.set_gain(model, policy, prompts, cfg)
     scores = torch.cat(seen)
-    assert scores.shape == (32, 2)
+    assert scores.shape == (32, 2), "each prompt should be answered, and scored, twice"
     gaps = scores[:, 0] - scores[:, 1]
-    assert (gaps * factor).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
-    assert torch.allclose(model.score.weight, before * factor)
+    right = (gaps * factor).square().mean().sqrt().item() == pytest.approx(1, rel=1e-4)
+    assert right, "times the factor, r_1 − r_2 should have root mean square 1"
+    scaled = torch.allclose(model.score.weight, before * factor)
+    assert scaled, "the head should be multiplied by the factor that is returned"
     body = model.base_model.state_dict().values()
     same = all(map(torch.equal, body, reward_model.base_model.state_dict().values()))
     assert same, "the gain is the head's alone"

@@ -19,7 +19,8 @@ def test_the_mask_covers_the_response_and_its_eos_and_nothing_else(tiny):
     for row, covered, example in zip(ids.tolist(), mask.tolist(), examples, strict=True):
         start = len(example.prompt)
         end = len(example.prompt) + len(example.chosen)
-        assert row[:end] == example.prompt + example.chosen
+        begins = row[:end] == example.prompt + example.chosen
+        assert begins, "a row begins with its prompt: padding belongs on the right"
         assert row[end - 1] == tiny[2].eos_token_id
         assert set(row[end:]) <= {tiny[2].pad_token_id}, "the padding belongs on the right"
         expected = [start <= t < end for t in range(len(row))]
@@ -34,7 +35,8 @@ def test_the_mask_keeps_eos_where_eos_is_the_padding_too(toy):
     model.config.pad_token_id = EOS
     ids, mask = p3o.collate([[0], [0]], [[1, EOS], [1, 2, EOS]], model)
     assert ids.tolist() == [[0, 1, EOS, EOS], [0, 1, 2, EOS]]
-    assert mask.tolist() == [[False, True, True, False], [False, True, True, True]]
+    right = mask.tolist() == [[False, True, True, False], [False, True, True, True]]
+    assert right, "where EOS is the padding, a mask from ids != pad hides it: take positions"
 
 
 def test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last(tiny):

@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 import p3o
@@ -39,6 +41,19 @@ def toy_model(seed: int) -> GPT2LMHeadModel:
         pad_token_id=PAD,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+def llama(vocab_size: int, **options) -> LlamaForCausalLM:
+    """A model with rotary positions, which unlike GPT-2 takes ids (N, T) alone."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        **options,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def unended(length: int) -> list[list[int]]:
@@ -87,16 +102,24 @@ def batch(tiny, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return by_hand(prompts, chosen, tiny[2].pad_token_id)
 
 
-def with_nan_elsewhere(model: torch.nn.Module, keep: torch.Tensor):
-    """Until removed, the model's hidden states (N, T, D) are NaN wherever `keep` (N, T) is
-    False."""
+def with_nan_elsewhere(model: torch.nn.Module, ids: torch.Tensor, keep: torch.Tensor):
+    """Until removed, the model's hidden states for rows of `ids` (N, T), or their beginnings, are
+    NaN wherever `keep` (N, T) is False."""
 
-    def hook(_, __, output):
+    def kept(row):
+        for known, where in zip(ids, keep, strict=True):
+            if torch.equal(known[: len(row)], row):
+                return where[: len(row)]
+        raise AssertionError(f"the model is given a row that is none of the batch: {row.tolist()}")
+
+    def hook(_, arguments, options, output):
+        (rows,) = arguments or [options["input_ids"]]
+        where = torch.stack([kept(row) for row in rows])
         hidden = output.last_hidden_state
-        output.last_hidden_state = torch.where(keep[..., None], hidden, math.nan)
+        output.last_hidden_state = torch.where(where[..., None], hidden, math.nan)
         return output
 
-    return model.base_model.register_forward_hook(hook)
+    return model.base_model.register_forward_hook(hook, with_kwargs=True)
 
 
 def dialogue(*turns: str) -> str:
@@ -112,7 +135,7 @@ def small(**options) -> p3o.Config:
     return p3o.Config(**p3o.SMALL | options)
 
 
-def nothing(*_) -> None:
+def nothing(*_, **__) -> None:
     """A log that forgets."""
 
 

@@ -4,6 +4,7 @@
     python tests/tools/course.py bug 7 buggy.py    # p3o.py with bug 7 planted: find it
     python tests/tools/course.py plant             # each bug in turn: which tests catch it
     python tests/tools/course.py check             # each problem's tests: fail before, pass after
+    python tests/tools/course.py solutions         # the tests accept right code, and no wrong code
 
 Check a file with `python -m pytest -q tests --file mine.py`, one problem with `-k problem_3`.
 """
@@ -20,19 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+from problems import PROBLEMS  # noqa: E402
+
 ROOT = TESTS.parent
 SOURCE = ROOT / "p3o.py"
-# in the order in which they build on each other: a problem's tests need only those before it
-PROBLEMS = {
-    "collate": "which tokens are the response",
-    "response_logprobs": "log π(y|x), each token read one position earlier",
-    "sample": "two responses a prompt, from the distribution that is scored",
-    "reward_scores": "a score read at the last token, whatever the padding",
-    "bradley_terry_loss": "preferences as differences of scores",
-    "p3o_loss": "the pairwise update, with both clippings",
-    "set_gain": "a unit for β that no offset changes",
-    "train_policy": "the loop: sample, score, update, throw away",
-}
 
 
 def starter(source: str, first: int = 1) -> str:
@@ -48,6 +41,27 @@ def starter(source: str, first: int = 1) -> str:
             start = node.body[0].end_lineno  # of the docstring
             lines[start : node.end_lineno] = [f'    raise NotImplementedError("{problem}")\n']
     return "".join(lines)
+
+
+def solved(source: str, name: str, body: str) -> str:
+    """The source with another body of a function."""
+    lines = source.splitlines(keepends=True)
+    (node,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
+    lines[node.body[0].end_lineno : node.end_lineno] = [body]
+    return "".join(lines)
+
+
+def bodies(source: str) -> dict[str, str]:
+    """The bodies of a file's functions, without their docstrings."""
+    lines = source.splitlines(keepends=True)
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            start = node.body[0].lineno - 1
+            if ast.get_docstring(node):
+                start = node.body[0].end_lineno
+            found[node.name] = "".join(lines[start : node.end_lineno])
+    return found
 
 
 def plant(source: str, old: str, new: str) -> str:
@@ -103,6 +117,58 @@ def plant_all(bugs: list, named: bool) -> int:
     return missed
 
 
+def first_message(source: str, number: int) -> str:
+    """What the first failing test of a problem says; "" if all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "mine.py"
+        file.write_text(source)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", f"--file={file}"]
+        command += ["-p", "no:cacheprovider", "-m", f"problem_{number}", str(TESTS)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
+        return ""
+    said = [line for line in result.stdout.splitlines() if line.startswith(("E  ", "FAILED"))]
+    return (
+        "\n".join(said) or f"the tests did not run:\n{result.stdout[-1000:]}{result.stderr[-1000:]}"
+    )
+
+
+def solutions() -> int:
+    """Right solutions in other styles must pass their problem's tests, wrong ones must fail.
+
+    Returns the number of those of which that is not so.
+    """
+    from wrong import WRONG
+
+    source = SOURCE.read_text()
+    right = bodies((TESTS / "tools" / "right.py").read_text())
+    numbers = {name: i for i, name in enumerate(PROBLEMS, 1)}
+    cases = [(name, body, "") for name, body in right.items()]
+    for wrong in WRONG:
+        body = plant(right[wrong.solution], wrong.old, wrong.new)
+        cases.append((f"{wrong.solution}: {wrong.mistake}", body, wrong.says))
+
+    def try_one(case) -> tuple[int, str]:
+        title, body, _ = case
+        problem = title.split("__")[0]
+        return numbers[problem], first_message(solved(source, problem, body), numbers[problem])
+
+    failures = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(try_one, cases)
+        for (title, _, says), (number, message) in zip(cases, found, strict=True):
+            must_pass = title in right
+            fine = not message if must_pass else bool(message) and says in message
+            failures += not fine
+            print(f"{'ok   ' if fine else 'WRONG'} problem {number}: {title}", flush=True)
+            if message and (not fine or title not in right):
+                print(
+                    "".join(f"        {line[:150]}\n" for line in message.splitlines()[:3]), end=""
+                )
+    print(f"{len(cases) - failures} of {len(cases)} solutions got what they deserve")
+    return failures
+
+
 def check() -> int:
     """Solve the problems one after the other.
 
@@ -149,7 +215,11 @@ def main() -> int:
     plant_command.add_argument("--named", action="store_true", help=about)
     about = "show that the problems' tests fail in the starter and pass once solved"
     commands.add_parser("check", help=about)
+    about = "right solutions in other styles must pass, wrong ones fail"
+    commands.add_parser("solutions", help=about)
     args = parser.parse_args()
+    if args.command == "solutions":
+        return int(solutions() > 0)
     if args.command == "plant":
         return int(plant_all(BUGS + DATA_BUGS, args.named) > 0)
     if args.command == "check":

@@ -1,0 +1,15 @@
+"""The eight problems of the course: functions of p3o.py, and what each is about.
+
+They stand in the order in which they build on each other: a problem's tests need only those before.
+"""
+
+PROBLEMS = {
+    "collate": "which tokens are the response",
+    "response_logprobs": "log π(y|x), each token read one position earlier",
+    "sample": "two responses a prompt, from the distribution that is scored",
+    "reward_scores": "a score read at the last token, whatever the padding",
+    "bradley_terry_loss": "preferences as differences of scores",
+    "p3o_loss": "the pairwise update, with both clippings",
+    "set_gain": "a unit for β that no offset changes",
+    "train_policy": "the loop: sample, score, update, throw away",
+}
