@@ -44,7 +44,11 @@ def pytest_configure(config):
     sys.path[:0] = [str(path.parent), str(ROOT), str(TESTS), str(TESTS / "tools")]
     spec = importlib.util.spec_from_file_location("p3o", path)
     sys.modules["p3o"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise pytest.UsageError(f"{path.name} cannot be imported: {reason}") from None
 
     config.addinivalue_line("filterwarnings", "error")
     # float(loss) is as good as loss.item()

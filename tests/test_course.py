@@ -4,11 +4,14 @@ That every bug is caught, `course.py plant` shows.
 """
 
 import ast
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import course
+import pytest
 from bugs import BUGS, DATA_BUGS
 from conftest import ROOT, TESTS
 from problems import PROBLEMS
@@ -98,3 +101,119 @@ def test_every_problem_has_tests_and_the_readme_lists_it():
     for number, name in enumerate(PROBLEMS, 1):
         assert re.search(rf"^\| {number} \| `{name}` \|", readme, re.MULTILINE)
         assert f"pytest.mark.problem_{number}\n" in tests
+
+
+# ---- The hand-out --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def handed_out(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("course") / "out"
+    course.handout(folder)
+    return folder
+
+
+def solution_lines() -> set[str]:
+    """Lines of the eight solutions that stand nowhere else in p3o.py."""
+    starter = course.starter(SOURCE)
+    lines = set()
+    for name, body in course.bodies(SOURCE).items():
+        if name in PROBLEMS:
+            for line in body.splitlines():
+                code = line.split("  #")[0].strip()
+                if len(code) > 25 and not code.startswith("#") and code not in starter:
+                    lines.add(code)
+    return lines
+
+
+def test_the_students_part_holds_no_answer(handed_out):
+    answers = solution_lines()
+    assert len(answers) > 80
+    student = handed_out / "student"
+    for path in student.rglob("*"):
+        if path.suffix in (".py", ".md", ".ipynb", ".txt"):
+            text = path.read_text()
+            for line in answers:
+                assert line not in text, f"{path.relative_to(student)} shows a solution"
+            assert "<details>" not in text, f"{path.relative_to(student)} shows an answer"
+    assert not list(handed_out.rglob(".git"))
+    names = {path.name for path in student.rglob("*.py")}
+    assert not names & {"bugs.py", "right.py", "wrong.py", "course.py", "test_course.py"}
+    answered = (handed_out / "instructor" / "answers.md").read_text()
+    asked = (ROOT / "tutorial.ipynb").read_text().count("<details>")
+    assert answered.count("\n## ") == asked
+
+
+def test_the_students_notebook_keeps_every_section_and_runs_nothing_of_the_solutions(handed_out):
+    notebook = json.loads((handed_out / "student" / "tutorial.ipynb").read_text())
+    text = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
+    assert re.findall(r"^## (\d+)\.", text, re.MULTILINE) == [str(n) for n in range(1, 12)]
+    assert "getsource" not in text
+    assert text.count("**Think.**") >= 10
+
+
+def test_the_hand_out_checks_itself(handed_out):
+    """With its own tests, in its own folder: the starter fails, the solution passes."""
+    student = handed_out / "student"
+
+    def check() -> str:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+        command += ["-m", "problem_5"]
+        return subprocess.run(command, cwd=student, capture_output=True, text=True).stdout
+
+    assert "NotImplementedError: problem 5: bradley_terry_loss" in check()
+    starter = (student / "p3o.py").read_text()
+    body = course.bodies(SOURCE)["bradley_terry_loss"]
+    (student / "p3o.py").write_text(course.solved(starter, "bradley_terry_loss", body))
+    found = check()
+    (student / "p3o.py").write_text(starter)
+    assert "failed" not in found
+    assert "passed" in found
+
+
+# ---- Grading -------------------------------------------------------------------------------
+def submissions() -> list[tuple[str, str]]:
+    """Every kind of accident, behind what the report must say; problem 5 alone is graded."""
+    starter = course.starter(SOURCE)
+    name = "bradley_terry_loss"
+    right = course.bodies((TESTS / "tools" / "right.py").read_text())[f"{name}__softplus"]
+    gigabyte = "    for _ in range(10**6):\n        print('x' * 1000)\n"
+    return [
+        ("", course.solved(starter, name, right)),
+        ("NotImplementedError: problem 5", starter),
+        ("the file cannot be read", starter + "\nif True print(1)"),
+        ("stopped after", course.solved(starter, name, "    while True:\n        pass\n")),
+        ("SystemExit", course.solved(starter, name, "    raise SystemExit(0)\n")),
+        ("stopped after", course.solved(starter, name, gigabyte)),
+        ("no report", starter + "\nimport os\nos._exit(0)\n"),
+        ("no report", starter + "\n1 / 0\n"),
+        ("has no attribute", starter.replace(f"def {name}", "def my_loss")),
+    ]
+
+
+def test_every_accident_gets_its_line_and_its_points(tmp_path, capsys):
+    """And no submission spoils another's."""
+    files = []
+    for i, (_, text) in enumerate(submissions()):
+        files.append(tmp_path / f"student{i}.py")
+        files[-1].write_text(text)
+    results = course.grade(files, [5], seconds=15)
+    for (says, _), ((_, share, message),) in zip(submissions(), results.values(), strict=True):
+        assert says in message
+        assert share == (0.0 if says else 1.0)
+    course.write_grades(results, tmp_path / "grades.csv", tmp_path / "json")
+    table = (tmp_path / "grades.csv").read_text().splitlines()
+    assert table[0] == "file,5 bradley_terry_loss,score"
+    assert table[1].endswith("student0.py,10.0,10.0")
+    assert len(table) == 1 + len(files)
+    report = json.loads((tmp_path / "json" / "student1" / "results.json").read_text())
+    assert report["score"] == 0
+    assert report["tests"][0]["max_score"] == 10
+    assert "student0.py: 10.0 of 10" in capsys.readouterr().out
+
+
+def test_one_mistake_costs_one_problem():
+    """Problem 5 is graded with the solutions of the other seven."""
+    right = course.bodies((TESTS / "tools" / "right.py").read_text())
+    starter = course.starter(SOURCE)
+    mine = course.solved(starter, "bradley_terry_loss", right["bradley_terry_loss__softmax"])
+    assert course.grade_problem(mine, 5, seconds=60) == (1.0, "")
+    assert course.grade_problem(mine, 1, seconds=60)[0] == 0

@@ -148,6 +148,7 @@ def test_the_reward_model_begins_from_the_sft_model(quick, out, monkeypatch):
 
 
 def test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else(quick, monkeypatch):
+    """Nor does stage 3 a held-out prompt."""
     seen = {}
     for name in ("train_sft", "train_reward", "evaluate"):
         plain = getattr(p3o, name)
@@ -155,14 +156,60 @@ def test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else(quick, m
         def watched(*args, name=name, plain=plain):
             for arg in args:
                 if isinstance(arg, list) and isinstance(arg[0], p3o.Example):
-                    seen[name] = {example.text for example in arg}
+                    seen[name] = arg
             return plain(*args)
 
         monkeypatch.setattr(p3o, name, watched)
+
+    plain_policy = p3o.train_policy
+
+    def watched_policy(policy, reference, score, prompts, *rest, **options):
+        seen["train_policy"] = prompts
+        return plain_policy(policy, reference, score, prompts, *rest, **options)
+
+    monkeypatch.setattr(p3o, "train_policy", watched_policy)
     assert status(quick) == 0
     assert seen["train_sft"] == seen["train_reward"]
-    assert not seen["train_sft"] & seen["evaluate"]
+    assert seen["train_policy"] == [example.prompt for example in seen["train_sft"]]
+    trained_on = {example.text for example in seen["train_sft"]}
+    assert not trained_on & {example.text for example in seen["evaluate"]}
     assert len(seen["train_sft"]) + len(seen["evaluate"]) == 200
+
+
+def test_what_is_evaluated_is_what_was_saved(quick, out, monkeypatch):
+    """SFT, the reward model and the policy, each in its place."""
+    plain = p3o.evaluate
+    given = []
+
+    def watched(cfg, *args):
+        given.extend(args[:3])
+        return plain(cfg, *args)
+
+    monkeypatch.setattr(p3o, "evaluate", watched)
+    assert status(quick) == 0
+    saved = weights_of(out)
+    for stage, model in zip(("sft", "reward", "p3o"), given, strict=True):
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, saved[f"{stage}.{key}"]), f"{stage}: {key}"
+
+
+def test_every_stage_draws_by_the_seed(quick, monkeypatch):
+    """And none what another did."""
+    drawn = {}
+    for name in ("train_sft", "train_reward", "train_policy", "evaluate"):
+        plain = getattr(p3o, name)
+
+        def watched(*args, name=name, plain=plain, **options):
+            drawn.setdefault(name, []).append(torch.initial_seed())
+            return plain(*args, **options)
+
+        monkeypatch.setattr(p3o, name, watched)
+    for seed in ("0", "1"):
+        assert (
+            status([*quick, "--seed", seed, "--out", quick[quick.index("--out") + 1] + seed]) == 0
+        )
+    seeds = [seed for pair in drawn.values() for seed in pair]
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 # ---- Stopped -------------------------------------------------------------------------------

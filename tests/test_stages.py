@@ -176,6 +176,24 @@ def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
     assert (scores[:, 0] > scores[:, 1]).float().mean() > 0.7
 
 
+def test_the_fresh_head_of_the_reward_model_has_ten_times_the_rate(tiny, fresh, monkeypatch):
+    """It has further to go than its body, which was trained before."""
+    model = fresh(tiny[1])
+    rates = {}
+
+    def watched(_, optimizer, lr):
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                rates[weight] = lr * group.get("lr_scale", 1)
+        return 0.0
+
+    monkeypatch.setattr(p3o, "gradient_step", watched)
+    p3o.train_reward(model, encode(tiny, 2), small(batch=2, epochs=1, reward_lr=0.5), nothing)
+    assert rates.pop(model.score.weight) == 5.0
+    assert set(rates.values()) == {0.5}
+    assert len(rates) == len(list(model.base_model.parameters()))
+
+
 # ---- The gain ------------------------------------------------------------------------------
 @pytest.mark.problem_7
 def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, monkeypatch):

@@ -1,5 +1,7 @@
 """What a course needs, made from p3o.py itself: starter, solution and tests cannot drift apart.
 
+    python tests/tools/course.py handout DIR       # what students get, and the instructor's part
+    python tests/tools/course.py grade FILE ...    # points by problem; runs the files' code
     python tests/tools/course.py starter mine.py   # p3o.py without the bodies of the eight problems
     python tests/tools/course.py bug 7 buggy.py    # p3o.py with bug 7 planted: find it
     python tests/tools/course.py plant             # each bug in turn: which tests catch it
@@ -11,17 +13,23 @@ Check a file with `python -m pytest -q tests --file mine.py`, one problem with `
 
 import argparse
 import ast
+import contextlib
+import csv
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from xml.etree import ElementTree
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "tools")]
+from bugs import BUGS, DATA_BUGS  # noqa: E402
 from problems import PROBLEMS  # noqa: E402
 
 ROOT = TESTS.parent
@@ -102,7 +110,9 @@ def plant_all(bugs: list, named: bool) -> int:
         failed = outcomes(source, bug.file, options)["failed"]
         return {name.split("[")[0] for name in failed}
 
-    if failed := outcomes(SOURCE.read_text())["failed"]:
+    tests = " or ".join({bug.caught_by for bug in bugs})
+    failed = outcomes(SOURCE.read_text(), options=("-k", tests) if named else ())["failed"]
+    if failed:
         sys.exit(f"without any bug, these fail: {', '.join(sorted(failed))}")
     missed = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -197,9 +207,163 @@ def check() -> int:
     return wrong
 
 
-def main() -> int:
-    from bugs import BUGS, DATA_BUGS  # here, so that the tests run without the answers
+def without_answers(notebook: dict) -> tuple[dict, str]:
+    """A notebook without its answers and outputs, and the answers, as a page."""
+    page = "# Answers to the notebook\n"
+    cells = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        folded = re.findall(r"<details><summary>.*?</summary>\n(.*?)</details>", text, re.DOTALL)
+        asked, *_ = text.split("<details>")
+        if folded:
+            question = asked[max(0, asked.find("**Think.**")) :].replace("**", "").strip()
+            page += f"\n## {question or 'Exercises'}\n\n{folded[0].strip()}\n"
+        if "inspect.getsource(p3o" in text or "**7 to 9" in text:
+            continue  # these exercises replace lines of the solution
+        if folded and not asked.strip():
+            continue
+        cell = cell | {"source": asked.rstrip()}
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+        cells.append(cell)
+    return notebook | {"cells": cells}, page
 
+
+def handout(folder: Path) -> None:
+    """Write what students get, and what the instructor needs, each into a folder of its own."""
+    source = SOURCE.read_text()
+    notebook, answers = without_answers(json.loads((ROOT / "tutorial.ipynb").read_text()))
+    student = folder / "student"
+    (student / "tests").mkdir(parents=True)
+    (student / "p3o.py").write_text(starter(source))
+    (student / "tutorial.ipynb").write_text(json.dumps(notebook, ensure_ascii=False, indent=1))
+    shutil.copy(TESTS / "tools" / "pages" / "student.md", student / "README.md")
+    shutil.copytree(ROOT / "data", student / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("conftest.py", "toys.py", "problems.py", "requirements.txt"):
+        shutil.copy(TESTS / file, student / "tests")
+    for file in TESTS.glob("test_*.py"):
+        if "mark.problem_" in file.read_text() and file.name != "test_course.py":
+            shutil.copy(file, student / "tests")
+    instructor = folder / "instructor"
+    instructor.mkdir()
+    (instructor / "p3o.py").write_text(source)
+    (instructor / "answers.md").write_text(answers)
+    shutil.copy(TESTS / "tools" / "pages" / "instructor.md", instructor / "README.md")
+
+
+def run_limited(command: list[str], seconds: float) -> bool:
+    """Run a command, its output thrown away; returns False if it was stopped after some time."""
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        process.wait()
+
+
+def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, str]:
+    """The share of a problem's tests that pass, and the first message of those that do not.
+
+    The other problems' functions are taken from the solution, so that one mistake counts once.
+    """
+    reference = bodies(SOURCE.read_text())
+    name = list(PROBLEMS)[number - 1]
+    try:
+        for other in PROBLEMS.keys() - {name}:
+            submission = solved(submission, other, reference[other])
+    except (SyntaxError, ValueError) as error:
+        return 0.0, f"the file cannot be read: {error}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "p3o.py"
+        file.write_text(submission)
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-s",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+        ]
+        command += [f"--file={file}", f"--junitxml={report}", "-m", f"problem_{number}", str(TESTS)]
+        if not run_limited(command, seconds):
+            return 0.0, f"stopped after {seconds:.0f} seconds"
+        if not report.exists():
+            return (
+                0.0,
+                "no report: does the file fail on import, or end the process?",
+            )
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    bad = [
+        case for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
+    if not cases:
+        return 0.0, "no test ran: does the file fail on import?"
+    if not bad:
+        return 1.0, ""
+    found = bad[0].find("failure")
+    found = bad[0].find("error") if found is None else found
+    message = (found.get("message") or "").splitlines() or [""]
+    return 1 - len(bad) / len(cases), f"{bad[0].get('name')}: {message[0][:300]}"
+
+
+def grade(files: list[Path], numbers: list[int], seconds: float) -> dict[Path, list]:
+    """For each submission its problems' shares and messages, printed as they come."""
+    jobs = [(file, number) for file in files for number in numbers]
+
+    def try_one(job) -> tuple[float, str]:
+        file, number = job
+        try:
+            submission = file.read_text()
+        except (OSError, ValueError) as error:
+            return 0.0, f"the file cannot be read: {error}"
+        return grade_problem(submission, number, seconds)
+
+    results: dict[Path, list] = {file: [] for file in files}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (file, number), (share, message) in zip(jobs, pool.map(try_one, jobs), strict=True):
+            results[file].append((number, share, message))
+            print(f"{file}: problem {number}: {10 * share:.1f} of 10  {message}", flush=True)
+            if number == numbers[-1]:
+                total = sum(10 * share for _, share, _ in results[file])
+                print(f"{file}: {total:.1f} of {10 * len(numbers)}", flush=True)
+    return results
+
+
+def gradescope(results: list) -> dict:
+    """A submission's results as Gradescope's results.json has them."""
+    tests = []
+    for number, share, message in results:
+        name = f"{number} {list(PROBLEMS)[number - 1]}"
+        score = round(10 * share, 1)
+        tests.append({"name": name, "score": score, "max_score": 10, "output": message})
+    return {"score": round(sum(test["score"] for test in tests), 1), "tests": tests}
+
+
+def write_grades(results: dict[Path, list], table: Path | None, folder: Path | None) -> None:
+    rows = {file: gradescope(found) for file, found in results.items()}
+    if folder:
+        for file, row in rows.items():
+            (folder / file.stem).mkdir(parents=True, exist_ok=True)
+            (folder / file.stem / "results.json").write_text(json.dumps(row, indent=2))
+    if table:
+        with table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            for i, (submission, row) in enumerate(rows.items()):
+                if i == 0:
+                    writer.writerow(["file", *[test["name"] for test in row["tests"]], "score"])
+                scores = [test["score"] for test in row["tests"]]
+                writer.writerow([submission, *scores, row["score"]])
+
+
+def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -207,6 +371,18 @@ def main() -> int:
     starter_command = commands.add_parser("starter", help=about)
     bug_command = commands.add_parser("bug", help="write p3o.py with one bug planted")
     bug_command.add_argument("number", type=int, help=f"1 to {len(BUGS)}")
+    about = "write a folder for students, without answers, and one for the instructor"
+    commands.add_parser("handout", help=about).add_argument("folder", type=Path)
+    grade_command = commands.add_parser("grade", help="points by problem; runs the files' code")
+    grade_command.add_argument("files", type=Path, nargs="+")
+    numbers = range(1, len(PROBLEMS) + 1)
+    about = "grade this problem only"
+    grade_command.add_argument("--problem", type=int, choices=numbers, help=about)
+    about = "time limit of a problem"
+    grade_command.add_argument("--seconds", type=float, default=120, help=about)
+    grade_command.add_argument("--csv", type=Path, help="write a table")
+    about = "write a results.json for each file, in Gradescope's format"
+    grade_command.add_argument("--json", type=Path, help=about)
     for command in (starter_command, bug_command):
         command.add_argument("file", type=Path)
     about = "plant each bug in turn and name the tests that catch it"
@@ -220,6 +396,16 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "solutions":
         return int(solutions() > 0)
+    if args.command == "grade":
+        chosen = [args.problem] if args.problem else list(numbers)
+        write_grades(grade(args.files, chosen, args.seconds), args.csv, args.json)
+        return 0
+    if args.command == "handout":
+        try:
+            handout(args.folder)
+        except FileExistsError:
+            parser.error(f"{args.folder} holds a hand-out already; choose another folder")
+        return 0
     if args.command == "plant":
         return int(plant_all(BUGS + DATA_BUGS, args.named) > 0)
     if args.command == "check":
