@@ -70,6 +70,27 @@ def test_evaluation_by_hand(tiny, fresh, said):
     assert figures["reward_gold_agreement"] == agrees, message
 
 
+def test_the_prompts_that_are_answered_are_those_that_are_judged_and_shown(tiny, monkeypatch, said):
+    """The first --eval-prompts held-out ones, in their order, by both models."""
+    base, reward_model, tokenizer, _, _ = tiny
+    cfg = small(eval_prompts=10, minibatch=4, response_tokens=2)
+    examples = encode(tiny, 16)
+    plain = p3o.sample
+    asked = []
+
+    def watched(model, prompts, *rest):
+        asked.append(prompts)
+        return plain(model, prompts, *rest)
+
+    monkeypatch.setattr(p3o, "sample", watched)
+    figures = p3o.evaluate(cfg, base, reward_model, base, tokenizer, examples)
+    expected = [example.prompt for example in examples[:10]]
+    for first in (0, 1):  # SFT and the policy take turns
+        answered = [prompt for batch in asked[first::2] for prompt in batch]
+        assert answered == expected
+    assert len(said["sft"]) == len(figures["gold_sft"]) == 10
+
+
 def test_kl_score_and_finished_are_those_of_each_models_own_answers(tiny, fresh, monkeypatch):
     base, reward_model, tokenizer, _, pairs = tiny
     sft = likes(fresh(base), tokenizer.eos_token_id, 18)

@@ -542,6 +542,36 @@ BUGS = [
         '"kl": logprobs - sequence_logprobs(policy, ids, response_mask)',
         "test_kl_score_and_finished_are_those_of_each_models_own_answers",
     ),
+    Bug(
+        "the prompts answered are not those judged",
+        "parts_of(examples[: cfg.eval_prompts], cfg.minibatch",
+        "parts_of(examples[-cfg.eval_prompts :], cfg.minibatch",
+        "test_the_prompts_that_are_answered_are_those_that_are_judged_and_shown",
+    ),
+    Bug(
+        "stage 3 trains on held-out prompts",
+        "    prompts = [example.prompt for example in examples]\n    if not",
+        "    prompts = [example.prompt for example in heldout]\n    if not",
+        "test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else",
+    ),
+    Bug(
+        "the evaluation of SFT as the policy",
+        'policy = load(out / "p3o")',
+        'policy = load(out / "sft")',
+        "test_what_is_evaluated_is_what_was_saved",
+    ),
+    Bug(
+        "another seed, the same draws",
+        'f"{cfg.seed} {stage}"',
+        'f"{stage}"',
+        "test_every_stage_draws_by_the_seed",
+    ),
+    Bug(
+        "the reward model's fresh head as slow as its body",
+        '"lr_scale": 10}',
+        '"lr_scale": 1}',
+        "test_the_fresh_head_of_the_reward_model_has_ten_times_the_rate",
+    ),
 ]
 
 DATA_BUGS = [
