@@ -8,20 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, GraniteConfig
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    PreTrainedTokenizerFast,
+)
 
 import p3o
 from data.preferences import InputError
 
 
 @pytest.fixture
-def plain_gpt2(tiny, tmp_path) -> Path:
-    """The path of the real GPT-2: a directory whose tokenizer has EOS alone."""
-    tiny[0].save_pretrained(tmp_path)
-    tiny[2].save_pretrained(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps(settings | {"pad_token": None}))
+def plain_gpt2(tmp_path) -> Path:
+    """The path of the real GPT-2, in small: its tokenizer has EOS, and no token for padding."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["My bike is slow."], 300, special_tokens=["<|endoftext|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    assert "<|pad|>" not in tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+    sizes = dict(n_positions=72, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
     return tmp_path
 
 

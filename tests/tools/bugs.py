@@ -572,6 +572,12 @@ BUGS = [
         '"lr_scale": 1}',
         "test_the_fresh_head_of_the_reward_model_has_ten_times_the_rate",
     ),
+    Bug(
+        "no embedding for the new pad token",
+        "        model.resize_token_embeddings(len(tokenizer))\n",
+        "",
+        "test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary",
+    ),
 ]
 
 DATA_BUGS = [
