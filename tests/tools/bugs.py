@@ -415,7 +415,7 @@ BUGS = [
         "a killed run's metrics stay and come twice",
         "self.lines[step:] = [json.dumps(row)]",
         "self.lines.append(json.dumps(row))",
-        "test_killed_in_any_stage_the_same_command_ends_in_the_same_weights",
+        "test_a_step_done_again_replaces_its_metrics_and_those_after_it",
     ),
     Bug(
         "a failed self-check prints and goes on",

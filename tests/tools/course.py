@@ -106,7 +106,7 @@ def plant_all(bugs: list, named: bool) -> int:
 
     def try_one(bug) -> set[str]:
         source = plant((ROOT / bug.file).read_text(), bug.old, bug.new)
-        options = ("-k", bug.caught_by) if named else ()
+        options = ("-x", "-k", bug.caught_by) if named else ()
         failed = outcomes(source, bug.file, options)["failed"]
         return {name.split("[")[0] for name in failed}
 
