@@ -87,7 +87,18 @@ def outcomes(source: str, file: str = "p3o.py", options: tuple = ()) -> dict[str
         shutil.copytree(ROOT / "data", folder / "data")
         shutil.copy(SOURCE, folder)
         (folder / file).write_text(source)
-        command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rA",
+            "--tb=no",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:randomly",
+        ]
         command += [f"--file={folder / 'p3o.py'}", *options, str(TESTS)]
         result = subprocess.run(command, capture_output=True, text=True)
     lines = r"^(PASSED|FAILED|ERROR) \S+?::(.+?)(?: - .*)?$"
@@ -133,7 +144,15 @@ def first_message(source: str, number: int) -> str:
         file = Path(folder) / "mine.py"
         file.write_text(source)
         command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", f"--file={file}"]
-        command += ["-p", "no:cacheprovider", "-m", f"problem_{number}", str(TESTS)]
+        command += [
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:randomly",
+            "-m",
+            f"problem_{number}",
+            str(TESTS),
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
         return ""
