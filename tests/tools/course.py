@@ -309,6 +309,8 @@ def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, 
             "-s",
             "-p",
             "no:cacheprovider",
+            "-p",
+            "no:randomly",
             "--tb=short",
         ]
         command += [f"--file={file}", f"--junitxml={report}", "-m", f"problem_{number}", str(TESTS)]
