@@ -3,6 +3,7 @@
     python tests/tools/course.py handout DIR       # what students get, and the instructor's part
     python tests/tools/course.py grade FILE ...    # points by problem; runs the files' code
     python tests/tools/course.py starter mine.py   # p3o.py without the bodies of the eight problems
+    python tests/tools/course.py hunt DIR NAME ... # a sick run for each student: find the bug
     python tests/tools/course.py bug 7 buggy.py    # p3o.py with bug 7 planted: find it
     python tests/tools/course.py plant             # each bug in turn: which tests catch it
     python tests/tools/course.py check             # each problem's tests: fail before, pass after
@@ -17,9 +18,11 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -31,9 +34,13 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "tools")]
 from bugs import BUGS, DATA_BUGS  # noqa: E402
 from problems import PROBLEMS  # noqa: E402
+from sick import SICK, Sick  # noqa: E402
 
 ROOT = TESTS.parent
+HUNT_OPTIONS = ["--small"]
 SOURCE = ROOT / "p3o.py"
+NUMBERS = {name: number for number, name in enumerate(PROBLEMS, 1)}
+LETTERS = dict(zip(sorted(sick.diagnosis for sick in SICK), string.ascii_uppercase, strict=False))
 
 
 def starter(source: str, first: int = 1) -> str:
@@ -42,10 +49,9 @@ def starter(source: str, first: int = 1) -> str:
     Docstrings stay, as specification.
     """
     lines = source.splitlines(keepends=True)
-    numbers = {name: i for i, name in enumerate(PROBLEMS, 1)}
     for node in reversed(ast.parse(source).body):
-        if isinstance(node, ast.FunctionDef) and numbers.get(node.name, 0) >= first:
-            problem = f"problem {numbers[node.name]}: {node.name}"
+        if isinstance(node, ast.FunctionDef) and NUMBERS.get(node.name, 0) >= first:
+            problem = f"problem {NUMBERS[node.name]}: {node.name}"
             start = node.body[0].end_lineno  # of the docstring
             lines[start : node.end_lineno] = [f'    raise NotImplementedError("{problem}")\n']
     return "".join(lines)
@@ -69,6 +75,15 @@ def bodies(source: str) -> dict[str, str]:
             if ast.get_docstring(node):
                 start = node.body[0].end_lineno
             found[node.name] = "".join(lines[start : node.end_lineno])
+    return found
+
+
+def styles() -> dict[str, str]:
+    """Right bodies of the problems' functions: p3o.py's, by their name, and right.py's."""
+    found = bodies((TESTS / "tools" / "right.py").read_text())
+    for name, body in bodies(SOURCE.read_text()).items():
+        if name in PROBLEMS:
+            found[name] = body
     return found
 
 
@@ -171,16 +186,17 @@ def solutions() -> int:
 
     source = SOURCE.read_text()
     right = bodies((TESTS / "tools" / "right.py").read_text())
-    numbers = {name: i for i, name in enumerate(PROBLEMS, 1)}
     cases = [(name, body, "") for name, body in right.items()]
     for wrong in WRONG:
         body = plant(right[wrong.solution], wrong.old, wrong.new)
         cases.append((f"{wrong.solution}: {wrong.mistake}", body, wrong.says))
+    for sick in SICK:
+        cases.append((f"{sick.solution}: {sick.diagnosis}", sick_body(sick), ""))
 
     def try_one(case) -> tuple[int, str]:
         title, body, _ = case
-        problem = title.split("__")[0]
-        return numbers[problem], first_message(solved(source, problem, body), numbers[problem])
+        problem = re.match(r"\w+?(?=__|:|$)", title)[0]
+        return NUMBERS[problem], first_message(solved(source, problem, body), NUMBERS[problem])
 
     failures = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -256,7 +272,9 @@ def handout(folder: Path) -> None:
     (student / "tests").mkdir(parents=True)
     (student / "p3o.py").write_text(starter(source))
     (student / "tutorial.ipynb").write_text(json.dumps(notebook, ensure_ascii=False, indent=1))
-    shutil.copy(TESTS / "tools" / "pages" / "student.md", student / "README.md")
+    pages = TESTS / "tools" / "pages"
+    shutil.copy(pages / "student.md", student / "README.md")
+    (student / "hunt.md").write_text((pages / "hunt.md").read_text() + diagnoses())
     shutil.copytree(ROOT / "data", student / "data", ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("conftest.py", "toys.py", "problems.py", "requirements.txt"):
         shutil.copy(TESTS / file, student / "tests")
@@ -267,9 +285,122 @@ def handout(folder: Path) -> None:
     instructor.mkdir()
     (instructor / "p3o.py").write_text(source)
     (instructor / "answers.md").write_text(answers)
-    shutil.copy(TESTS / "tools" / "pages" / "instructor.md", instructor / "README.md")
+    (instructor / "hunt.md").write_text(hunt_answers())
+    shutil.copy(pages / "instructor.md", instructor / "README.md")
 
 
+# ---- The bug hunt --------------------------------------------------------------------------
+def sick_body(sick: Sick) -> str:
+    return plant(styles()[sick.solution], sick.old, sick.new)
+
+
+def hunted(name: str, known: int) -> tuple[Sick, str, range]:
+    """A student's bug, the source to find it in, and its line numbers there.
+
+    The source shows the first `known` problems solved, each in a style of its own, and no other:
+    all of it is drawn by the name, so that comparing with a neighbour or p3o.py shows no bug.
+    """
+    rng = random.Random(name)
+    sick = rng.choice([s for s in SICK if NUMBERS[s.problem] <= known])
+    source = starter(SOURCE.read_text(), known + 1)
+    right = styles()
+    for problem in list(PROBLEMS)[:known]:
+        body = right[rng.choice([style for style in right if style.split("__")[0] == problem])]
+        if problem == sick.problem:
+            body = sick_body(sick)
+        source = solved(source, problem, body)
+    before = source[: source.index(sick_body(sick))] + sick_body(sick).split(sick.new)[0]
+    first = before.count("\n") + 1
+    return sick, source, range(first, first + sick.new.strip("\n").count("\n") + 1)
+
+
+def sick_run(sick: Sick | None, out: Path) -> None:
+    """A small run with a bug, or without; what it prints goes to output.txt in its directory."""
+    source = SOURCE.read_text()
+    if sick:
+        source = solved(source, sick.problem, sick_body(sick))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "p3o.py"
+        file.write_text(source)
+        command = [sys.executable, file, *HUNT_OPTIONS, "--out", out]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{out}: the run failed: {result.stderr.splitlines()[-1]}")
+    (out / "output.txt").write_text(result.stdout)
+
+
+def hunt(folder: Path, names: list[str], known: int) -> None:
+    """Write each student's symptoms, each student's source, and key.csv with all the answers."""
+    drawn = {name: hunted(name, known) for name in names}
+    runs = {"healthy": None}
+    for sick, _, _ in drawn.values():
+        runs[LETTERS[sick.diagnosis]] = sick
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+
+    def try_one(item) -> None:
+        letter, sick = item
+        out = folder / "runs" / letter
+        if not (out / "output.txt").exists():
+            sick_run(sick, out)
+        print(f"run {letter}: done", flush=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(try_one, runs.items()))
+
+    def symptoms(letter: str, name: str) -> None:
+        target = folder / "symptoms" / name
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ("output.txt", "sft.jsonl", "reward.jsonl", "p3o.jsonl"):
+            shutil.copy(folder / "runs" / letter / file, target)
+
+    symptoms("healthy", "healthy")
+    (folder / "sources").mkdir(exist_ok=True)
+    with (folder / "key.csv").open("w", newline="") as file:
+        key = csv.writer(file)
+        key.writerow(["name", "diagnosis", "first_line", "last_line", "function", "it_should_be"])
+        for name, (sick, source, lines) in drawn.items():
+            letter = LETTERS[sick.diagnosis]
+            symptoms(letter, name)
+            (folder / "sources" / f"{name}.py").write_text(source)
+            key.writerow([name, letter, lines[0], lines[-1], sick.problem, sick.old.strip()])
+
+
+def hunt_results(key: Path, answers: Path) -> None:
+    """Print what is right of each student's answer: name, diagnosis, line."""
+    with answers.open(newline="") as file:
+        found = {row["name"]: row for row in csv.DictReader(file)}
+    with key.open(newline="") as file:
+        for row in csv.DictReader(file):
+            answer = found.get(row["name"], {})
+            diagnosis = (answer.get("diagnosis") or "").strip().upper() == row["diagnosis"]
+            line = (answer.get("line") or "").strip()
+            inside = line.isdigit() and int(row["first_line"]) <= int(line) <= int(row["last_line"])
+            print(
+                f"{row['name']}: diagnosis {'right' if diagnosis else 'wrong'}, "
+                f"line {'right' if inside else 'wrong'}: {diagnosis + inside} of 2"
+            )
+
+
+def diagnoses() -> str:
+    return "".join(f"- **{letter}** {text}\n" for text, letter in LETTERS.items())
+
+
+def hunt_answers() -> str:
+    """The instructor's page: what each bug looks like, and its line."""
+    page = "# The bug hunt: answers\n"
+    for text, letter in LETTERS.items():
+        (sick,) = [sick for sick in SICK if sick.diagnosis == text]
+        page += f"\n## {letter} {text}\n\n`{sick.problem}`. {sick.symptom}\n\n"
+        page += f"```diff\n{diff(sick.new, '-')}{diff(sick.old, '+')}```\n"
+    return page
+
+
+def diff(text: str, sign: str) -> str:
+    return "".join(f"{sign}{line}\n" for line in text.strip("\n").splitlines())
+
+
+# ---- Grading -------------------------------------------------------------------------------
 def run_limited(command: list[str], seconds: float) -> bool:
     """Run a command, its output thrown away; returns False if it was stopped after some time."""
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
@@ -392,11 +523,19 @@ def main() -> int:
     starter_command = commands.add_parser("starter", help=about)
     bug_command = commands.add_parser("bug", help="write p3o.py with one bug planted")
     bug_command.add_argument("number", type=int, help=f"1 to {len(BUGS)}")
+    numbers = range(1, len(PROBLEMS) + 1)
     about = "write a folder for students, without answers, and one for the instructor"
     commands.add_parser("handout", help=about).add_argument("folder", type=Path)
+    about = "write a sick run, and the source to find its bug in, for each student"
+    hunt_command = commands.add_parser("hunt", help=about)
+    hunt_command.add_argument("folder", type=Path)
+    hunt_command.add_argument("names", nargs="*", metavar="NAME", help="a student, or several")
+    about = "the problems that the source shows solved: this one and those before it"
+    hunt_command.add_argument("--solved", type=int, choices=numbers, default=8, help=about)
+    about = "check these answers, a table with the columns name, diagnosis and line"
+    hunt_command.add_argument("--answers", type=Path, help=about)
     grade_command = commands.add_parser("grade", help="points by problem; runs the files' code")
     grade_command.add_argument("files", type=Path, nargs="+")
-    numbers = range(1, len(PROBLEMS) + 1)
     about = "grade this problem only"
     grade_command.add_argument("--problem", type=int, choices=numbers, help=about)
     about = "time limit of a problem"
@@ -417,6 +556,15 @@ def main() -> int:
     args = parser.parse_args()
     if args.command == "solutions":
         return int(solutions() > 0)
+    if args.command == "hunt":
+        bad = [name for name in args.names if Path(name).name != name]
+        if bad:
+            parser.error(f"{bad[0]!r} is no file name; use a name without a slash")
+        if args.answers:
+            hunt_results(args.folder / "key.csv", args.answers)
+        else:
+            hunt(args.folder, args.names, args.solved)
+        return 0
     if args.command == "grade":
         chosen = [args.problem] if args.problem else list(numbers)
         write_grades(grade(args.files, chosen, args.seconds), args.csv, args.json)

@@ -1,0 +1,296 @@
+"""P3O beside its relatives: tuned alike, then compared over β, learning rate, stale samples, offsets.
+
+    python tests/tools/compare.py              # all parts, from where it stopped; hours
+    python tests/tools/compare.py tuning       # one part
+    python tests/tools/compare.py show         # what the rows say
+
+Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py --small), takes the
+same prompts, as many samples and as many updates, and is one row of data/comparison.csv. Rows that
+are there are not run again. β, learning rate and clip of each method are those that did best in the
+tuning, whose seeds are not used afterwards.
+"""
+
+import argparse
+import copy
+import csv
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a run a core
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+
+import p3o  # noqa: E402
+import relatives  # noqa: E402
+import torch  # noqa: E402
+from data import judge  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+
+ROWS = ROOT / "data" / "comparison.csv"
+PIPELINES = ROOT / "runs" / "pipelines"
+TUNING_SEEDS = (100, 101)
+SEEDS = (0, 1, 2, 3, 4)
+BETA = 0.1
+BETAS = (0.4, 0.2, 0.1, 0.05, 0.025)
+RATES = (0.25, 0.5, 1, 2, 4, 8)  # times the tuned one
+EPOCHS = (1, 2, 4, 8, 16)  # on the same samples, with as many updates in all
+OFFSETS = (0, 1, 3, 10)  # standard deviation of δ(x)
+EVALUATED = 256  # held-out prompts
+LOSSES = {
+    "V2": p3o.p3o_loss,
+    "V1": p3o.p3o_loss,
+    "RLOO": relatives.rloo_loss,
+    "GRPO": relatives.grpo_loss,
+    "online DPO": relatives.online_dpo_loss,
+    "REBEL": relatives.rebel_loss,
+}
+METHODS = (*LOSSES, "PPO", "DPO")
+RATE_GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+# what else a method has: ε; η of REBEL, λ of PPO; online DPO and DPO have nothing but more rates
+KNOBS = {
+    "V2": (0.2, 0.5),
+    "V1": (0.2, 0.5),
+    "RLOO": (0.2, 0.5),
+    "GRPO": (0.2, 0.5),
+    "online DPO": (0.0,),
+    "REBEL": (1.0, 4.0),
+    "PPO": (0.95, 1.0),
+    "DPO": (0.0,),
+}
+MORE_RATES = (3.125e-5, 6.25e-5, 1.25e-4, *RATE_GRID, 8e-3, 1.6e-2)  # as many trials
+
+
+class Trial(NamedTuple):
+    part: str
+    method: str
+    seed: int
+    beta: float
+    lr: float
+    knob: float
+    epochs: int = 2
+    iterations: int = 80
+    offset: float = 0.0
+
+
+PARTS = ("tuning", "frontier", "rate", "staleness", "offset", "gaming")
+FIGURES = ("score", "gold", "kl", "win_rate", "finished", "seconds", "points", "curve")
+
+
+# ---- One run -----------------------------------------------------------------------------
+def pipeline(seed: int) -> Path:
+    """SFT and reward model of a seed, made once."""
+    out = PIPELINES / str(seed)
+    if not (out / "summary.json").exists():
+        options = dict(seed=seed, out=str(out), iterations=1, eval_prompts=2)
+        p3o.run(p3o.Config(**p3o.SMALL | options))
+    return out
+
+
+def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> torch.Tensor:
+    """δ(x): a normal number with this standard deviation, looked up by a hash of the prompt."""
+    table = torch.randn(9973, generator=torch.Generator().manual_seed(1))
+    weights = torch.arange(1, ids.shape[-1] + 1) ** 2  # (T,)
+    before = response_mask.cumsum(-1) == 0  # (…, T)
+    return spread * table[(ids * before * weights).sum(-1) % len(table)]
+
+
+def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
+    """One method's training of `policy`."""
+    options = dict(
+        seed=trial.seed,
+        beta=trial.beta,
+        lr=trial.lr,
+        inner_epochs=trial.epochs,
+        iterations=trial.iterations,
+    )
+    if trial.method in ("V2", "V1", "RLOO", "GRPO"):
+        options["clip_range"] = trial.knob
+    cfg = p3o.Config(**p3o.SMALL | options, clip="separate" if trial.method == "V1" else "joint")
+    prompts = [example.prompt for example in examples]
+
+    def score(ids, response_mask):
+        offsets = offset_of(ids, response_mask, trial.offset)
+        return p3o.reward_scores(reward_model, ids, response_mask) + offsets
+
+    if trial.method == "DPO":
+        relatives.train_dpo(policy, sft, examples, cfg, log)
+    elif trial.method == "PPO":
+        critic = copy.deepcopy(reward_model)
+        relatives.train_ppo(policy, sft, score, prompts, cfg, log, critic, gae_lambda=trial.knob)
+    else:
+        loss = LOSSES[trial.method]
+        if trial.method == "REBEL":
+            loss = partial(loss, eta=trial.knob)
+        p3o.train_policy(policy, sft, score, prompts, cfg, log, loss_fn=loss)
+
+
+def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list]:
+    """One answer to each prompt: its score, KL, text, and whether it ended."""
+    found = defaultdict(list)
+    torch.manual_seed(0)
+    for batch in p3o.parts_of(examples, 64, "answers"):
+        prompts = [example.prompt for example in batch]
+        ids, mask = p3o.sample(policy, prompts, 1, p3o.SMALL["response_tokens"])  # (b, 1, T)
+        with torch.no_grad():
+            logprobs = p3o.sequence_logprobs(policy, ids, mask)
+            found["kl"] += (logprobs - p3o.sequence_logprobs(sft, ids, mask)).flatten().tolist()
+            found["score"] += p3o.reward_scores(reward_model, ids, mask).flatten().tolist()
+        found["finished"] += p3o.finished(policy, ids, mask).flatten().tolist()
+        for example, row, inside in zip(batch, ids, mask, strict=True):
+            text = tokenizer.decode(row[inside], skip_special_tokens=True)
+            found["gold"].append(judge.gold_reward(example.text.prompt, text))
+    return found
+
+
+def run(trial: Trial) -> dict:
+    """A row of the file: the trial and its figures."""
+    torch.set_num_threads(1)
+    out = pipeline(trial.seed)
+    tokenizer = AutoTokenizer.from_pretrained(out / "sft")
+    cfg = p3o.Config(**p3o.SMALL)
+    train_pairs, heldout_pairs = p3o.load_pairs(cfg.data)
+    examples = p3o.tokenize(train_pairs, tokenizer, cfg)
+    heldout = p3o.tokenize(heldout_pairs, tokenizer, cfg)[:EVALUATED]
+    sft = p3o.load(out / "sft")
+    reward_model = p3o.load(out / "reward", AutoModelForSequenceClassification)
+    policy = p3o.load(out / "sft")
+    curve = []
+
+    def log(step: int, row: dict) -> None:
+        if trial.part == "gaming" and (step + 1) % 40 == 0:
+            state = torch.get_rng_state()
+            now = answer_all(policy, sft, reward_model, tokenizer, heldout)
+            torch.set_rng_state(state)
+            curve.extend(statistics.mean(now[key]) for key in ("kl", "score", "gold"))
+
+    torch.manual_seed(trial.seed)
+    start = time.perf_counter()
+    try:
+        train(trial, policy, sft, reward_model, examples, log)
+    except FloatingPointError:
+        pass  # diverged: what it became is judged
+    seconds = time.perf_counter() - start
+    mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
+    first = answer_all(sft, sft, reward_model, tokenizer, heldout)
+    wins = judge.wins(mine["gold"], first["gold"])
+    row = trial._asdict()
+    for key in ("score", "gold", "kl", "finished"):
+        row[key] = round(statistics.mean(mine[key]), 4)
+    row["win_rate"] = round(statistics.mean(wins), 4)
+    row["seconds"] = round(seconds, 1)
+    row["points"] = ""
+    if trial.part == "frontier":  # the gold reward of each answer in points, a letter each
+        row["points"] = "".join(chr(ord("m") + round(gold / 1.5)) for gold in mine["gold"])
+    row["curve"] = " ".join(f"{value:.3f}" for value in curve)
+    return row
+
+
+# ---- All runs ----------------------------------------------------------------------------
+def read_rows(path: Path = ROWS) -> list[dict]:
+    """The rows so far, with numbers as numbers."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if key not in ("part", "method", "points", "curve"):
+                    row[key] = float(value)
+            rows.append(row)
+    return rows
+
+
+def key_of(row: dict) -> tuple:
+    return tuple(str(row[name]) if isinstance(row[name], str) else float(row[name]) for name in Trial._fields)
+
+
+def tuned(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """Learning rate and knob of each method: the best mean of score − β KL in the tuning."""
+    reached = defaultdict(list)
+    for row in rows:
+        if row["part"] == "tuning":
+            value = row["score"] - BETA * row["kl"]
+            reached[row["method"], row["lr"], row["knob"]].append(value)
+    best = {}
+    for (method, lr, knob), values in sorted(reached.items()):
+        mean = statistics.mean(values)
+        if method not in best or mean > best[method][0]:
+            best[method] = (mean, lr, knob)
+    return {method: (lr, knob) for method, (_, lr, knob) in best.items()}
+
+
+def trials(part: str, rows: list[dict], seeds: tuple[int, ...]) -> list[Trial]:
+    """What a part consists of, whole seeds after one another."""
+    if part == "tuning":
+        found = []
+        for seed, method in itertools.product(TUNING_SEEDS, METHODS):
+            rates = RATE_GRID if len(KNOBS[method]) > 1 else MORE_RATES
+            for lr, knob in itertools.product(rates, KNOBS[method]):
+                found.append(Trial(part, method, seed, BETA, lr, knob))
+        return found
+    best = tuned(rows)
+    found = []
+    online = [method for method in METHODS if method != "DPO"]
+    for seed in seeds:
+        for method in METHODS if part == "frontier" else online:
+            lr, knob = best[method]
+            base = Trial(part, method, seed, BETA, lr, knob)
+            if part == "frontier":
+                found += [base._replace(beta=beta) for beta in BETAS]
+            elif part == "rate":
+                found += [base._replace(lr=lr * factor) for factor in RATES]
+            elif part == "staleness":
+                found += [base._replace(epochs=n, iterations=160 // n) for n in EPOCHS]
+            elif part == "offset":
+                found += [base._replace(offset=spread) for spread in OFFSETS]
+            elif part == "gaming":
+                found.append(base._replace(beta=0.025, iterations=240))
+    return found
+
+
+def run_all(parts: list[str], seeds: tuple[int, ...]) -> None:
+    """Run what is missing, a process a core; each row is written as it comes."""
+    context = multiprocessing.get_context("spawn")
+    os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has its tqdm already
+    for part in parts:
+        rows = read_rows()
+        done = {key_of(row) for row in rows}
+        todo = [trial for trial in trials(part, rows, seeds) if key_of(trial._asdict()) not in done]
+        with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+            needed = sorted({trial.seed for trial in todo})
+            list(tqdm(pool.map(pipeline, needed), f"{part}: pipelines", len(needed)))
+            futures = [pool.submit(run, trial) for trial in todo]
+            for future in tqdm(as_completed(futures), part, len(futures)):
+                write_row(future.result())
+
+
+def write_row(row: dict) -> None:
+    fresh = not ROWS.exists()
+    with ROWS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*Trial._fields, *FIGURES], lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    args = parser.parse_args()
+    run_all(args.parts, tuple(args.seeds))
+
+
+if __name__ == "__main__":
+    main()
