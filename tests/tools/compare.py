@@ -1,4 +1,4 @@
-"""P3O beside its relatives: tuned alike, then compared over β, learning rate, stale samples, offsets.
+"""P3O beside its relatives: tuned alike, then compared over β, rates, stale samples and offsets.
 
     python tests/tools/compare.py              # all parts, from where it stopped; hours
     python tests/tools/compare.py tuning       # one part
@@ -11,6 +11,7 @@ tuning, whose seeds are not used afterwards.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import itertools
@@ -29,12 +30,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a run a core
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-import p3o  # noqa: E402
 import relatives  # noqa: E402
 import torch  # noqa: E402
-from data import judge  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+
+import p3o  # noqa: E402
+from data import judge  # noqa: E402
 
 ROWS = ROOT / "data" / "comparison.csv"
 PIPELINES = ROOT / "runs" / "pipelines"
@@ -175,10 +177,8 @@ def run(trial: Trial) -> dict:
 
     torch.manual_seed(trial.seed)
     start = time.perf_counter()
-    try:
+    with contextlib.suppress(FloatingPointError):  # it diverged: what it became is judged
         train(trial, policy, sft, reward_model, examples, log)
-    except FloatingPointError:
-        pass  # diverged: what it became is judged
     seconds = time.perf_counter() - start
     mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
     first = answer_all(sft, sft, reward_model, tokenizer, heldout)
@@ -211,7 +211,9 @@ def read_rows(path: Path = ROWS) -> list[dict]:
 
 
 def key_of(row: dict) -> tuple:
-    return tuple(str(row[name]) if isinstance(row[name], str) else float(row[name]) for name in Trial._fields)
+    """What tells a trial from others."""
+    numbers = [round(float(row[name]), 9) for name in Trial._fields[2:]]
+    return (row["part"], row["method"], *numbers)
 
 
 def tuned(rows: list[dict]) -> dict[str, tuple[float, float]]:

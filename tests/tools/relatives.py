@@ -10,16 +10,17 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import p3o
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import p3o
+
 
 def metrics_of(log_ratio: Tensor, q: Tensor, stopped: Tensor) -> dict[str, Tensor]:
-    """p3o_loss's metrics, from log ρ (B, 2), the push on each pair (B,), and what the clip stops."""
+    """p3o_loss's metrics, from log ρ (B, 2), the push on a pair (B,), and what the clip stops."""
     log_ratio = log_ratio.detach()
     return {
         "policy/clipfrac": stopped.float().mean(),
@@ -100,8 +101,8 @@ def online_dpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO (Rafailov et al. 2023) on fresh pairs, labelled by the reward model.
 
-    −E log σ(β Δh), y_1 preferred with probability σ(Δr), as Bradley-Terry says; the expectation over
-    the label is taken exactly. Nothing is clipped, and π_old plays no part.
+    −E log σ(β Δh), y_1 preferred with probability σ(Δr), as Bradley-Terry says; the expectation
+    over the label is taken exactly. Nothing is clipped, and π_old plays no part.
     """
     margin = beta * (logprobs - ref_logprobs.detach()).diff()[:, 0].neg()  # (B,): β Δh
     gap = (scores[:, 0] - scores[:, 1]).detach()  # (B,): Δr
@@ -171,7 +172,7 @@ def train_ppo(
 ) -> None:
     """Token-wise PPO with a critic, on the prompts, samples and updates of `p3o.train_policy`.
 
-    A token is an action: its reward is −β (log π_old − log π_ref), at the last token plus the score.
+    A token is an action: its reward is −β (log π_old − log π_ref), plus the score at the last one.
     Advantages by GAE, whitened over the batch; ratios clipped token by token; the critic's values
     clipped as well (Ouyang et al. 2022). `critic` starts as a copy of the reward model.
     """

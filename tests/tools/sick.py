@@ -1,5 +1,4 @@
-"""Bugs for the hunt: each makes a small run sick, and what is wrong can be told from its metrics and
-answers.
+"""Bugs for the hunt: each makes a small run sick; what is wrong can be told from its metrics.
 
 Each is a right solution of a problem, p3o.py's own or one of right.py, with some text replaced.
 """
@@ -17,4 +16,6 @@ class Sick(NamedTuple):
     @property
     def problem(self) -> str:
         return self.solution.split("__")[0]
+
+
 SICK: list[Sick] = []

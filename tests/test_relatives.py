@@ -1,0 +1,364 @@
+"""The relatives of P3O, as the comparison runs them: gradients, where each ends, PPO in pieces.
+
+On bandits of five responses and on the toy model's 85, in float64 where a claim is exact.
+"""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import relatives
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from toys import (
+    LONGEST,
+    TOY_PROMPTS,
+    even_share,
+    nothing,
+    same_weights,
+    toy_batch,
+    toy_model,
+)
+from transformers import AutoModelForSequenceClassification
+
+import p3o
+
+LOSSES = {
+    "P3O V2": p3o.p3o_loss,
+    "P3O V1": partial(p3o.p3o_loss, clip="separate"),
+    "RLOO": relatives.rloo_loss,
+    "GRPO": relatives.grpo_loss,
+    "online DPO": relatives.online_dpo_loss,
+    "REBEL": relatives.rebel_loss,
+}
+BETA = 0.3
+RATES = {"REBEL": 0.5, "online DPO": 6.0}  # their pushes are larger, and smaller, than the others'
+
+
+def random_pairs(spread: float, size: int = 200) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log π, log π_old, log π_ref and scores of random pairs, (B, 2) each; ρ is e^±spread or so."""
+    torch.manual_seed(0)
+    old = -10 + torch.randn(size, 2, dtype=torch.float64)
+    new = old + spread * torch.randn_like(old)
+    ref = old + torch.randn_like(old)
+    return new, old, ref, torch.randn_like(old)
+
+
+def pushes(loss_fn, new: Tensor, old: Tensor, ref: Tensor, scores: Tensor, beta=BETA) -> Tensor:
+    """−∂loss/∂log π(y_i) of each pair, (B, 2)."""
+    leaf = new.detach().requires_grad_()
+    loss, _ = loss_fn(leaf, old, ref, scores, beta=beta)
+    return -torch.autograd.grad(loss, leaf)[0] * len(leaf)
+
+
+def gap(values: Tensor) -> Tensor:
+    return values[:, 0] - values[:, 1]
+
+
+def along_G(weight: Tensor) -> Tensor:
+    return torch.stack([weight, -weight], 1)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+# ---- The losses, pair by pair --------------------------------------------------------------
+def test_on_fresh_samples_each_pushes_by_its_factor_of_G():
+    """RLOO as P3O; GRPO by the sign alone, the KL apart; DPO β(σ(Δr) − σ(βΔh)); REBEL 2/η · ΔR."""
+    new, old, ref, scores = random_pairs(0.0)
+    h = new - ref
+    p3o_push = pushes(p3o.p3o_loss, new, old, ref, scores)
+    assert close(p3o_push, along_G(0.5 * (gap(scores) - BETA * gap(h))))
+    assert close(pushes(relatives.rloo_loss, new, old, ref, scores), p3o_push)
+    sign = along_G(0.5 * gap(scores).sign())
+    grpo = pushes(relatives.grpo_loss, new, old, ref, scores)
+    assert torch.allclose(grpo, sign - 0.5 * BETA * h, atol=0.05)  # std + 1e-4
+    chance = torch.sigmoid(gap(scores)) - torch.sigmoid(BETA * gap(h))
+    assert close(pushes(relatives.online_dpo_loss, new, old, ref, scores), along_G(BETA * chance))
+    rebel = partial(relatives.rebel_loss, eta=4.0)
+    assert close(pushes(rebel, new, old, ref, scores), along_G(gap(scores - BETA * h) * 2 / 4))
+
+
+def test_off_policy_rloo_weighs_a_response_by_its_own_ratio_and_stops_it_alone():
+    new, old, ref, scores = random_pairs(0.3)
+    advantage = along_G(gap(scores - BETA * (old - ref)))  # (B, 2): of the sampling policy's KL
+    ratio = (new - old).exp()
+    stopped = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
+    expected = (0.5 * advantage * ratio).where(~stopped, 0.0)
+    assert close(pushes(relatives.rloo_loss, new, old, ref, scores), expected)
+    _, metrics = relatives.rloo_loss(new, old, ref, scores, beta=BETA)
+    assert 0.1 < stopped.double().mean() == pytest.approx(float(metrics["policy/clipfrac"]))
+
+
+def test_off_policy_grpo_clips_a_response_alone_and_takes_the_current_kl():
+    new, old, ref, scores = random_pairs(0.3)
+    without = pushes(relatives.grpo_loss, new, old, ref, scores, beta=0.0)
+    ratio = (new - old).exp()
+    assert (without == 0).any(1).sum() > 20
+    moving = without != 0
+    sign = along_G(0.5 * gap(scores).sign())
+    assert torch.allclose(without[moving], (sign * ratio)[moving], atol=0.1)
+    kl = pushes(relatives.grpo_loss, new, old, ref, scores) - without
+    assert close(kl, -0.5 * BETA * (new - ref))
+
+
+def test_rebel_pulls_back_where_the_policy_has_moved_too_far():
+    _, old, ref, scores = random_pairs(0.0)
+    beyond = old + along_G(gap(scores))  # u = 2 Δr, η = 1
+    push = pushes(relatives.rebel_loss, beyond, old, ref, scores, beta=0.0)
+    assert torch.equal(push[:, 0].sign(), -gap(scores).sign())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_none_of_them_sees_an_offset(name):
+    """δ(x) is the same for both responses."""
+    new, old, ref, scores = random_pairs(0.3)
+    delta = 10 * torch.randn(len(scores), 1, dtype=torch.float64)
+    before = pushes(LOSSES[name], new, old, ref, scores)
+    assert close(pushes(LOSSES[name], new, old, ref, scores + delta), before)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_the_current_log_probs_get_a_gradient(name):
+    arguments = [values.requires_grad_() for values in random_pairs(0.3)]
+    loss, metrics = LOSSES[name](*arguments, beta=BETA)
+    loss.backward()
+    assert arguments[0].grad.abs().max() > 0
+    assert all(values.grad is None for values in arguments[1:])
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+# ---- Where each ends -----------------------------------------------------------------------
+def every_pair(values: Tensor) -> Tensor:
+    return torch.cartesian_prod(values, values)
+
+
+def end_of(loss_fn, ref: Tensor, r: Tensor, beta: float, rate: float) -> Tensor:
+    """log π after many expected updates from the reference, four to each sampling policy."""
+    logits = ref.clone().requires_grad_()
+    for _ in range(600):
+        old = logits.detach().log_softmax(0)
+        weight = every_pair(old).sum(1, keepdim=True).exp()  # (25, 1): π_old(y_1) π_old(y_2)
+        for _ in range(4):
+            logp = logits.log_softmax(0)
+            pairs = [every_pair(values) for values in (logp.detach(), old, ref, r)]
+            push = pushes(loss_fn, *pairs, beta=beta)
+            (step,) = torch.autograd.grad((weight * push * every_pair(logp)).sum(), logits)
+            logits = (logits + rate * step).detach().requires_grad_()
+    return logits.detach().log_softmax(0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_but_grpo_end_in_the_optimum(name):
+    """π ∝ π_ref exp(r/β). GRPO climbs another reward, how often a response beats the policy's."""
+    torch.manual_seed(3)
+    ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
+    r = 2 * torch.randn(5, dtype=torch.float64)
+    beta = 1.0
+    best = (ref + r / beta).log_softmax(0)
+    end = end_of(LOSSES[name], ref, r, beta, rate=RATES.get(name, 1.0))
+    assert (best.exp() * (best - ref)).sum() > 0.3, "the optimum should be away from the start"
+    distance = (best.exp() * (best - end)).sum().item()
+    if name != "GRPO":
+        assert distance < 1e-3
+        return
+    assert distance > 0.05
+    beaten = (r[:, None] - r).sign() @ end.exp()  # (5,): wins minus losses against the policy
+    left = beaten - beta * (end - ref)  # constant in y where the gradient is 0
+    assert (left - left.mean()).abs().max() < 1e-3
+
+
+# ---- PPO, piece by piece -------------------------------------------------------------------
+def test_gae_is_its_definition():
+    """Σ_k λ^k δ_{t+k}, by a loop over each response, of a length of its own."""
+    torch.manual_seed(0)
+    rewards, values = torch.randn(2, 4, 7, dtype=torch.float64)
+    lengths = [7, 4, 1, 6]
+    for row, length in enumerate(lengths):
+        rewards[row, length:] = 0
+        values[row, length:] = 0
+    found = relatives.gae(rewards, values, 0.9)
+    for row, length in enumerate(lengths):
+        for t in range(length):
+            expected = 0.0
+            for k in range(t, length):
+                following = values[row, k + 1] if k + 1 < length else 0.0
+                expected += 0.9 ** (k - t) * (rewards[row, k] + following - values[row, k])
+            assert found[row, t].item() == pytest.approx(float(expected))
+        assert (found[row, length:] == 0).all()
+
+
+def test_with_lambda_1_and_no_critic_an_advantage_is_the_reward_to_go():
+    torch.manual_seed(0)
+    rewards = torch.randn(3, 5, dtype=torch.float64)
+    to_go = rewards.flip(-1).cumsum(-1).flip(-1)
+    assert close(relatives.gae(rewards, torch.zeros_like(rewards), 1.0), to_go)
+
+
+def test_with_a_perfect_critic_the_expected_step_is_the_policy_gradient():
+    """On all 85 responses, weighted by π: Σ_t A_t ∇log π(y^t) is ∇(E r − β KL), whatever λ is."""
+    torch.manual_seed(0)
+    policy, reference = toy_model(1).double(), toy_model(2).double()
+    prompt = TOY_PROMPTS[1]
+    ids, mask = toy_batch(prompt)  # (85, T)
+    inside = mask[:, 1:]
+    r = torch.randn(len(ids), dtype=torch.float64)
+    logprobs = exact_logprobs(policy, ids, inside)  # (85, T−1)
+    ref = exact_logprobs(reference, ids, inside).detach()
+    weight = logprobs.sum(-1).exp().detach()  # (85,): π(y|x)
+    assert weight.sum().item() == pytest.approx(1)
+    h = logprobs - ref
+    exact = (logprobs.sum(-1).exp() * (r - BETA * h.sum(-1))).sum()
+    parameters = list(policy.parameters())
+    expected = torch.autograd.grad(exact, parameters, retain_graph=True, allow_unused=True)
+
+    rewards = -BETA * h.detach()
+    last = (torch.arange(inside.shape[1]) * inside).argmax(-1)
+    rewards[torch.arange(len(ids)), last] += r
+    to_go = rewards.flip(-1).cumsum(-1).flip(-1)
+    values = torch.zeros_like(rewards)  # V(x, y^<t) = E of the reward to go, over all that go on so
+    for row, t in inside.nonzero().tolist():
+        alike = (ids[:, : t + 1] == ids[row, : t + 1]).all(1) & inside[:, t]
+        values[row, t] = (weight * to_go[:, t])[alike].sum() / weight[alike].sum()
+    for discount in (0.0, 0.5, 1.0):
+        advantages = relatives.gae(rewards, values, discount)
+        objective = (weight[:, None] * advantages * logprobs).sum()
+        found = torch.autograd.grad(objective, parameters, retain_graph=True, allow_unused=True)
+        for a, b in zip(found, expected, strict=True):
+            assert (a is None and b is None) or torch.allclose(a, b, atol=1e-10)
+
+
+def exact_logprobs(model, ids: Tensor, inside: Tensor) -> Tensor:
+    """(N, T−1) in float64: `response_logprobs` is in float32."""
+    logp = model(ids).logits[:, :-1].log_softmax(-1)
+    return logp.gather(-1, ids[:, 1:, None])[..., 0].where(inside, 0.0)
+
+
+def toy_config(**options) -> p3o.Config:
+    small = dict(pairs=32, minibatch=16, inner_epochs=2, response_tokens=LONGEST, lr=3e-3)
+    return p3o.Config(**p3o.SMALL | small | dict(iterations=12, beta=0.05) | options)
+
+
+def toy_critic() -> torch.nn.Module:
+    policy = toy_model(0)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    critic = AutoModelForSequenceClassification.from_config(config)
+    critic.base_model.load_state_dict(policy.base_model.state_dict())
+    return critic
+
+
+def test_token_values_are_the_critics_before_each_response_token():
+    critic = toy_critic().eval()
+    ids, mask = toy_batch(TOY_PROMPTS[1])
+    values = relatives.token_values(critic, ids, mask)
+    assert values.shape == (85, ids.shape[1] - 1)
+    assert (values[~mask[:, 1:]] == 0).all()
+    changed = ids.clone()
+    changed[:, -1] = 0  # no value stands after the last token
+    assert torch.equal(relatives.token_values(critic, changed, mask), values)
+    hidden = critic.base_model(ids).last_hidden_state
+    start = len(TOY_PROMPTS[1]) - 1  # the state before the first response token
+    assert torch.allclose(values[:, start], critic.score(hidden[:, start])[:, 0])
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "PPO"])
+def test_each_learns(name):
+    """Responses of even tokens score; each method finds more of them."""
+    reference = toy_model(0)
+    policy = copy.deepcopy(reference)
+    rows = []
+
+    def log(step, row):
+        rows.append(row)
+
+    torch.manual_seed(0)
+    arguments = (policy, reference, even_share, TOY_PROMPTS * 16, toy_config(), log)
+    if name == "PPO":
+        critic = toy_critic()
+        before = copy.deepcopy(critic)
+        relatives.train_ppo(*arguments, critic)
+        assert not same_weights(critic, before)
+        assert rows[-1]["loss/value"] < rows[0]["loss/value"]
+    else:
+        p3o.train_policy(*arguments, loss_fn=LOSSES[name])
+    assert same_weights(reference, toy_model(0))
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.15
+
+
+def sgd(groups: list[dict]) -> torch.optim.Optimizer:
+    """In the place of AdamW, whose first step is a sign: noise where a gradient is nearly 0."""
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def test_ppos_first_update_is_that_of_whitened_advantages(monkeypatch):
+    """One update by hand: token by token, mean over the tokens, critic and policy together."""
+    monkeypatch.setattr(p3o, "make_optimizer", sgd)
+    reference, policy, critic = toy_model(0), toy_model(0), toy_critic().eval()
+    cfg = toy_config(iterations=1, inner_epochs=1, minibatch=32, micro_batch=32)
+    prompts = TOY_PROMPTS * 16
+    mine, mine_critic = copy.deepcopy(policy), copy.deepcopy(critic)
+    torch.manual_seed(0)
+    relatives.train_ppo(policy, reference, even_share, prompts, cfg, nothing, critic)
+
+    torch.manual_seed(0)
+    (batch,) = p3o.shuffled(prompts, 32, 1)
+    ids, mask = p3o.sample(mine, batch, 2, LONGEST)
+    ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
+    inside = mask[:, 1:]
+    values = relatives.token_values(mine_critic, ids, mask)
+    rewards = torch.zeros_like(values)
+    for row, t in enumerate(inside.int().argmax(1) + inside.sum(1) - 1):
+        rewards[row, t] = even_share(ids, mask)[row]
+    advantages = relatives.gae(rewards, values.detach(), 0.95)
+    returns = advantages + values.detach()
+    whitened = (advantages - advantages[inside].mean()) / advantages[inside].std()
+    logprobs = p3o.response_logprobs(mine, ids, mask)
+    loss = -(whitened * (logprobs - logprobs.detach()).exp())[inside].mean()
+    loss = loss + 0.1 * 0.5 * (values - returns)[inside].square().mean()
+    loss.backward()
+    both = torch.nn.ModuleList([mine, mine_critic])
+    optimizer = p3o.make_optimizer([{"params": both.parameters(), "weight_decay": 0.0}])
+    p3o.gradient_step(both, optimizer, p3o.learning_rate(cfg.lr, 0, 1))
+    for trained, expected in ((policy, mine), (critic, mine_critic)):
+        for a, b in zip(trained.parameters(), expected.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+# ---- Offline DPO ---------------------------------------------------------------------------
+def test_dpo_starts_at_ln_2_and_learns_to_prefer_the_chosen():
+    reference = toy_model(0)
+    policy = copy.deepcopy(reference)
+    examples = [p3o.Example([0], [0, 3], [1, 3], None), p3o.Example([1], [2, 2, 3], [1, 3], None)]
+    rows = []
+    torch.manual_seed(0)
+    cfg = toy_config(lr=1e-3, iterations=5, beta=0.5)
+    relatives.train_dpo(policy, reference, examples * 40, cfg, lambda _, row: rows.append(row))
+    assert len(rows) == 5 * 2 * 2, "as many updates as stage 3"
+    assert rows[0]["loss/policy"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[-1]["loss/policy"] < 0.6
+    assert rows[-1]["accuracy"] == 1
+    assert same_weights(reference, toy_model(0))
+
+
+def test_dpos_gradient_is_that_of_its_loss(monkeypatch):
+    """−β σ(−β Δh) ∇Δh, mean over pairs; here by autograd on one batch by hand."""
+    monkeypatch.setattr(p3o, "make_optimizer", sgd)
+    reference, policy = toy_model(1), toy_model(0)
+    mine = copy.deepcopy(policy)
+    examples = [p3o.Example([0], [0, 3], [1, 2, 3], None)]
+    cfg = toy_config(iterations=1, inner_epochs=1, pairs=1, minibatch=1, beta=0.5)
+    relatives.train_dpo(policy, reference, examples, cfg, nothing)
+    h = []
+    for response in ([0, 3], [1, 2, 3]):
+        ids, mask = p3o.collate([[0]], [response], mine)
+        new = p3o.sequence_logprobs(mine, ids, mask)
+        h.append(new - p3o.sequence_logprobs(reference, ids, mask).detach())
+    (-F.logsigmoid(0.5 * (h[0] - h[1]))).mean().backward()
+    optimizer = p3o.make_optimizer([{"params": mine.parameters(), "weight_decay": 0.0}])
+    p3o.gradient_step(mine, optimizer, cfg.lr)
+    assert all(map(torch.allclose, mine.parameters(), policy.parameters()))
