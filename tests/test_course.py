@@ -15,6 +15,7 @@ import pytest
 from bugs import BUGS, DATA_BUGS
 from conftest import ROOT, TESTS
 from problems import PROBLEMS
+from sick import SICK
 
 SOURCE = course.SOURCE.read_text()
 SOLVED = len(PROBLEMS) + 1
@@ -167,6 +168,70 @@ def test_the_hand_out_checks_itself(handed_out):
     (student / "p3o.py").write_text(starter)
     assert "failed" not in found
     assert "passed" in found
+
+
+# ---- The bug hunt --------------------------------------------------------------------------
+def test_a_dozen_bugs_each_with_a_diagnosis_and_symptoms_of_its_own():
+    assert len(course.LETTERS) == len(SICK) >= 12
+    assert len({sick.symptom for sick in SICK}) == len(SICK)
+    for sick in SICK:
+        compile(course.solved(SOURCE, sick.problem, course.sick_body(sick)), "sick", "exec")
+
+
+@pytest.mark.parametrize("known", [3, 8])
+def test_a_hunts_source_shows_what_is_solved_and_the_key_points_at_its_bug(known):
+    names = [f"student {i}" for i in range(60)]
+    drawn = [course.hunted(name, known) for name in names]
+    assert course.hunted(names[0], known) == drawn[0], "the name alone decides"
+    in_reach = {sick for sick in SICK if course.NUMBERS[sick.problem] <= known}
+    assert {sick for sick, _, _ in drawn} == in_reach
+    problems = list(PROBLEMS)
+    for sick, source, lines in drawn:
+        compile(source, "source", "exec")
+        there = source.splitlines(keepends=True)[lines[0] - 1 : lines[-1]]
+        assert sick.new in "".join(there)
+        assert len(there) == len(sick.new.splitlines())
+        shown = course.bodies(source)
+        for number, problem in enumerate(problems, 1):
+            assert ("NotImplementedError" in shown[problem]) == (number > known)
+
+
+def test_sources_of_two_students_differ_in_more_than_their_bugs():
+    """So that `diff` shows no bug, not even that of a neighbor with the same."""
+    sources = [course.hunted(name, 8)[1] for name in ("Ada", "Blaise", "Carl", "Dana", "Emmy")]
+    for i, mine in enumerate(sources):
+        assert len(course.bodies(mine).items() - course.bodies(SOURCE).items()) >= 7
+        for theirs in sources[:i]:
+            assert len(course.bodies(mine).items() - course.bodies(theirs).items()) >= 3
+
+
+def test_a_hunt_gives_symptoms_then_sources_and_checks_both_answers(tmp_path, monkeypatch, capsys):
+    rows = (ROOT / "data" / "train.jsonl").read_text().splitlines()[:200]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    quick = f"--small --data {tmp_path / 'few.jsonl'} --iterations 1 --pairs 8 --minibatch 8"
+    monkeypatch.setattr(course, "HUNT_OPTIONS", quick.split())
+    sick, source, lines = course.hunted("Ada", 8)
+    course.hunt(tmp_path, ["Ada"], 8)
+    assert (tmp_path / "sources" / "Ada.py").read_text() == source
+    for name in ("Ada", "healthy"):
+        given = tmp_path / "symptoms" / name
+        files = {path.name for path in given.iterdir()}
+        assert files == {"output.txt", "sft.jsonl", "reward.jsonl", "p3o.jsonl"}
+        assert "win_rate" in (given / "output.txt").read_text()
+        assert sick.diagnosis not in (given / "output.txt").read_text()
+    letter = course.LETTERS[sick.diagnosis]
+    answers = tmp_path / "answers.csv"
+    for diagnosis, line, says in (
+        (letter.lower(), str(lines[-1]), "diagnosis right, line right: 2 of 2"),
+        (letter, str(lines[-1] + 1), "diagnosis right, line wrong: 1 of 2"),
+        ("?", "somewhere", "diagnosis wrong, line wrong: 0 of 2"),
+    ):
+        answers.write_text(f"name,diagnosis,line\nAda,{diagnosis},{line}\n")
+        course.hunt_results(tmp_path / "key.csv", answers)
+        assert capsys.readouterr().out.splitlines()[-1] == f"Ada: {says}"
+    answers.write_text("name,diagnosis,line\n")
+    course.hunt_results(tmp_path / "key.csv", answers)
+    assert "0 of 2" in capsys.readouterr().out
 
 
 # ---- Grading -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import functools
 import json
 import os
 import random
@@ -78,6 +79,7 @@ def bodies(source: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def styles() -> dict[str, str]:
     """Right bodies of the problems' functions: p3o.py's, by their name, and right.py's."""
     found = bodies((TESTS / "tools" / "right.py").read_text())
@@ -305,7 +307,7 @@ def hunted(name: str, known: int) -> tuple[Sick, str, range]:
     source = starter(SOURCE.read_text(), known + 1)
     right = styles()
     for problem in list(PROBLEMS)[:known]:
-        body = right[rng.choice([style for style in right if style.split("__")[0] == problem])]
+        body = right[rng.choice([style for style in right if style.startswith(f"{problem}__")])]
         if problem == sick.problem:
             body = sick_body(sick)
         source = solved(source, problem, body)
