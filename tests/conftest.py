@@ -53,6 +53,9 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     # float(loss) is as good as loss.item()
     config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True")
+    config.addinivalue_line(
+        "markers", "resuming: needs train_policy's checkpoint, no problem's task"
+    )
     for number, (function, what) in enumerate(PROBLEMS.items(), 1):
         config.addinivalue_line("markers", f"problem_{number}: {function}: {what}")
 

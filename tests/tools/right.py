@@ -353,7 +353,10 @@ def set_gain__by_variance(model, policy, prompts, cfg):
     for i in range(0, len(prompts), 10):
         ids, mask = sample(policy, prompts[i : i + 10], 2, cfg.response_tokens)
         variances.append(reward_scores(model, ids, mask).var(1, correction=0))
-    factor = 0.5 / torch.cat(variances).mean().sqrt().item()
+    deviation = torch.cat(variances).mean().sqrt().item()
+    if not 0 < deviation < float("inf"):
+        raise FloatingPointError("the scores are all alike")
+    factor = 0.5 / deviation
     model.score.weight.copy_(model.score.weight * factor)
     return factor
 
