@@ -115,7 +115,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            least = int(f.type is int and f.name != "seed")
+            least = 1 if f.type is int and f.name != "seed" else 0
             if f.type in (int, float) and not least <= value < math.inf:  # NaN fails, too
                 raise InputError(f"--{f.name} must be a number of at least {least}, not {value}")
 

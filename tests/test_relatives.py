@@ -4,6 +4,7 @@ On bandits of five responses and on the toy model's 85, in float64 where a claim
 """
 
 import copy
+import itertools
 import math
 from functools import partial
 
@@ -362,3 +363,100 @@ def test_dpos_gradient_is_that_of_its_loss(monkeypatch):
     optimizer = p3o.make_optimizer([{"params": mine.parameters(), "weight_decay": 0.0}])
     p3o.gradient_step(mine, optimizer, cfg.lr)
     assert all(map(torch.allclose, mine.parameters(), policy.parameters()))
+
+
+# ---- Reward and policy learned at once -----------------------------------------------------
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_demonstration_term_sees_only_differences(exact):
+    """r + δ(x) has the same gradient: δ is added to both responses of a prompt."""
+    torch.manual_seed(0)
+    demo, sample, delta = torch.randn(3, 8, dtype=torch.float64)
+    gradients = []
+    for offset in (torch.zeros_like(delta), 10 * delta):
+        leaves = [(scores + offset).requires_grad_() for scores in (demo, sample)]
+        relatives.demonstration_loss(*leaves, exact).backward()
+        gradients.append(torch.stack([leaf.grad for leaf in leaves]))
+    assert close(*gradients)
+    assert (gradients[0][0] < 0).all(), "a demonstration's score is pushed up"
+    assert close(gradients[0][0], -gradients[0][1])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_exact_term_finds_the_demonstrators_policy_and_the_logistic_one_does_not(exact):
+    """From demonstrations alone, in expectation, with the policy at its optimum for each reward.
+
+    KL(demonstrator‖π_r) goes to 0 for the gradient of the likelihood; −log σ stops earlier, where
+    its two pulls on each response are equal.
+    """
+    torch.manual_seed(0)
+    ref, wanted = torch.randn(2, 5, dtype=torch.float64).mul(1.5).log_softmax(-1)
+    beta = 0.5
+    r = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    for _ in range(400):
+        policy = (ref + r.detach() / beta).log_softmax(0)  # π_r
+        loss = 0.0
+        for demo, sample in itertools.product(range(5), range(5)):
+            weight = (wanted[demo] + policy[sample]).exp()
+            loss = loss + weight * relatives.demonstration_loss(r[[demo]], r[[sample]], exact)
+        (gradient,) = torch.autograd.grad(loss, r)
+        r = (r - gradient).detach().requires_grad_()
+    end = (ref + r.detach() / beta).log_softmax(0)
+    start = (wanted.exp() * (wanted - ref)).sum().item()
+    distance = (wanted.exp() * (wanted - end)).sum().item()
+    assert start > 0.5
+    assert distance < 1e-4 if exact else distance > 0.02
+
+
+def joint_run(exact: bool, **options):
+    """AIHF on the toy: demonstrations are [0, EOS], preferences say that 0 is better than 1."""
+    reference = toy_model(0)
+    policy, reward_model = copy.deepcopy(reference), toy_critic()
+    torch.nn.init.zeros_(reward_model.score.weight)
+    demos = [p3o.Example(prompt, [0, 3], [1, 3], None) for prompt in TOY_PROMPTS] * 16
+    cfg = toy_config(**dict(reward_lr=3e-3, beta=0.3) | options)
+    rows = []
+    torch.manual_seed(0)
+    relatives.train_jointly(
+        policy,
+        reference,
+        reward_model,
+        demos,
+        demos,
+        cfg,
+        lambda _, row: rows.append(row),
+        exact=exact,
+    )
+    assert same_weights(reference, toy_model(0))
+    return policy, reward_model, rows
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_learning_both_at_once_makes_demonstrations_likelier_and_ranks_preferences(exact):
+    policy, reward_model, rows = joint_run(exact, iterations=25)
+    ids, mask = p3o.collate([[0], [0]], [[0, 3], [1, 3]], policy)
+    before = p3o.sequence_logprobs(toy_model(0), ids, mask)
+    after = p3o.sequence_logprobs(policy, ids, mask)
+    assert after[0] > before[0] + 0.5
+    scores = p3o.reward_scores(reward_model, ids, mask)
+    assert scores[0] > scores[1]
+    assert rows[-1]["objective/kl"] > 0.1
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_learning_both_at_once_is_blind_to_an_offset(exact, monkeypatch):
+    """δ(x), of size 3, on every score that the loop sees: reward and policy end as without it."""
+    monkeypatch.setattr(p3o, "make_optimizer", sgd)
+    options = dict(iterations=3, lr=0.5, reward_lr=0.5)
+    plain, plain_reward, _ = joint_run(exact, **options)
+    assert not same_weights(plain, toy_model(0))
+    scores = p3o.reward_scores
+
+    def shifted(model, ids, mask):
+        in_prompt = mask.cumsum(-1) == 0
+        return scores(model, ids, mask) + 3.0 * (ids * in_prompt).sum(-1)
+
+    monkeypatch.setattr(p3o, "reward_scores", shifted)
+    moved, moved_reward, _ = joint_run(exact, **options)
+    for a, b in ((plain, moved), (plain_reward, moved_reward)):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.allclose(x, y, atol=1e-4)

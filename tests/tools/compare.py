@@ -30,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a run a core
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+import pandas  # noqa: E402
 import relatives  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -196,18 +197,11 @@ def run(trial: Trial) -> dict:
 
 
 # ---- All runs ----------------------------------------------------------------------------
-def read_rows(path: Path = ROWS) -> list[dict]:
-    """The rows so far, with numbers as numbers."""
+def read_rows(path: Path = ROWS) -> pandas.DataFrame:
+    """The rows so far."""
     if not path.exists():
-        return []
-    rows = []
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for key, value in row.items():
-                if key not in ("part", "method", "points", "curve"):
-                    row[key] = float(value)
-            rows.append(row)
-    return rows
+        return pandas.DataFrame(columns=[*Trial._fields, *FIGURES])
+    return pandas.read_csv(path, keep_default_na=False)
 
 
 def key_of(row: dict) -> tuple:
@@ -216,22 +210,20 @@ def key_of(row: dict) -> tuple:
     return (row["part"], row["method"], *numbers)
 
 
-def tuned(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Learning rate and knob of each method: the best mean of score − β KL in the tuning."""
-    reached = defaultdict(list)
-    for row in rows:
-        if row["part"] == "tuning":
-            value = row["score"] - BETA * row["kl"]
-            reached[row["method"], row["lr"], row["knob"]].append(value)
-    best = {}
-    for (method, lr, knob), values in sorted(reached.items()):
-        mean = statistics.mean(values)
-        if method not in best or mean > best[method][0]:
-            best[method] = (mean, lr, knob)
-    return {method: (lr, knob) for method, (_, lr, knob) in best.items()}
+def reached(rows: pandas.DataFrame) -> pandas.Series:
+    """What every method climbs, in its own seed's score: r − β KL."""
+    return rows.score - rows.beta * rows.kl
 
 
-def trials(part: str, rows: list[dict], seeds: tuple[int, ...]) -> list[Trial]:
+def tuned(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
+    """Learning rate and knob of each method: the best mean of what it reached in the tuning."""
+    rows = rows[rows.part == "tuning"]
+    means = reached(rows).groupby([rows.method, rows.lr, rows.knob]).mean()
+    best = means.groupby("method").idxmax()
+    return {method: (lr, knob) for method, lr, knob in best}
+
+
+def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
     """What a part consists of, whole seeds after one another."""
     if part == "tuning":
         found = []
@@ -266,7 +258,7 @@ def run_all(parts: list[str], seeds: tuple[int, ...]) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has its tqdm already
     for part in parts:
         rows = read_rows()
-        done = {key_of(row) for row in rows}
+        done = {key_of(row) for row in rows.to_dict("records")}
         todo = [trial for trial in trials(part, rows, seeds) if key_of(trial._asdict()) not in done]
         with ProcessPoolExecutor(os.cpu_count(), context) as pool:
             needed = sorted({trial.seed for trial in todo})

@@ -270,3 +270,85 @@ def train_dpo(
         norm = p3o.gradient_step(policy, optimizer, lr)
         accuracy = (margins > 0).float().mean().item()
         log(step, {"loss/policy": loss.item(), "accuracy": accuracy, "policy/grad_norm": norm})
+
+
+# ---- Reward and policy learned at once ---------------------------------------------------
+def demonstration_loss(demo_scores: Tensor, sample_scores: Tensor, exact: bool) -> Tensor:
+    """What demonstrations ask of the reward, (B,), (B,) → scalar.
+
+    Exact, r(sample) − r(demonstration): its gradient is that of −β log π_r(demonstration), where
+    π_r ∝ π_ref exp(r/β) and the sample is drawn from π_r. Or −log σ(r(demonstration) − r(sample)),
+    Bradley-Terry as if the demonstration had been preferred, which stops pulling once it is.
+    Both see only differences within a prompt.
+    """
+    if exact:
+        return (sample_scores - demo_scores).mean()
+    return p3o.bradley_terry_loss(demo_scores, sample_scores)
+
+
+def train_jointly(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    demonstrations: list[p3o.Example],
+    preferences: list[p3o.Example],
+    cfg: p3o.Config,
+    log: Callable,
+    *,
+    demo_weight: float = 1.0,
+    exact: bool = True,
+) -> None:
+    """AIHF (Li et al. 2024): one stage in the place of the last two; P3O is its policy step.
+
+    Each iteration samples a pair for each of cfg.pairs prompts, makes as many updates of the reward
+    as of the policy, and both start from where they were. The reward minimises
+    demo_weight · demonstration_loss(chosen, y_1) + the Bradley-Terry loss of as many preferences;
+    then the policy makes P3O's updates under the new reward, with the KL to the fixed reference.
+    """
+    policy.eval()
+    reward_model.eval()
+    updates = cfg.inner_epochs * math.ceil(cfg.pairs / cfg.minibatch)
+    demo_batches = p3o.shuffled(demonstrations, cfg.pairs, cfg.iterations)
+    preferred = p3o.shuffled(preferences, cfg.minibatch, cfg.iterations * updates)
+    body = {"params": reward_model.base_model.parameters()}
+    head = {"params": reward_model.score.parameters(), "lr_scale": 10}
+    reward_optimizer = p3o.make_optimizer([body, head])
+    optimizer = p3o.make_optimizer([{"params": policy.parameters(), "weight_decay": 0.0}])
+    for iteration in tqdm(range(cfg.iterations), "AIHF"):
+        batch = demo_batches[iteration]
+        prompts = [example.prompt for example in batch]
+        ids, mask = p3o.sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
+        demos = p3o.collate(prompts, [example.chosen for example in batch], policy)  # (B, T')
+
+        # 1. the reward: demonstrations over samples, preferred over rejected
+        lr = p3o.learning_rate(cfg.reward_lr, iteration, cfg.iterations)
+        total = 0.0
+        minibatches = []
+        for _ in range(cfg.inner_epochs):
+            minibatches += torch.randperm(cfg.pairs).split(cfg.minibatch)
+        for step, part in enumerate(minibatches):
+            demo_scores = p3o.reward_scores(reward_model, demos[0][part], demos[1][part])  # (b,)
+            sample_scores = p3o.reward_scores(reward_model, ids[part, 0], mask[part, 0])  # (b,)
+            pairs = p3o.score_pairs(reward_model, preferred[iteration * updates + step])  # (b, 2)
+            loss = p3o.bradley_terry_loss(pairs[:, 0], pairs[:, 1])
+            loss = loss + demo_weight * demonstration_loss(demo_scores, sample_scores, exact)
+            loss.backward()
+            p3o.gradient_step(reward_model, reward_optimizer, lr)
+            total += loss.item() / updates
+
+        # 2. the policy: P3O under the reward as it is now
+        lr = p3o.learning_rate(cfg.lr, iteration, cfg.iterations)
+        with torch.no_grad():
+            scores = p3o.reward_scores(reward_model, ids, mask)  # (B, 2)
+            old = p3o.sequence_logprobs(policy, ids, mask)  # (B, 2)
+            ref = p3o.sequence_logprobs(reference, ids, mask)  # (B, 2)
+        for part in minibatches:
+            logprobs = p3o.sequence_logprobs(policy, ids[part], mask[part])  # (b, 2)
+            loss, _ = p3o.p3o_loss(logprobs, old[part], ref[part], scores[part], beta=cfg.beta)
+            loss.backward()
+            p3o.gradient_step(policy, optimizer, lr)
+        kl = (old - ref).mean().item()
+        log(
+            iteration,
+            {"loss/reward": total, "objective/kl": kl, "objective/scores": scores.mean().item()},
+        )
