@@ -15,12 +15,14 @@ import contextlib
 import copy
 import csv
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a run a core
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
+import numpy  # noqa: E402
 import pandas  # noqa: E402
 import relatives  # noqa: E402
 import torch  # noqa: E402
@@ -277,12 +280,81 @@ def write_row(row: dict) -> None:
         writer.writerow(row)
 
 
+# ---- What the rows say -------------------------------------------------------------------
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # Student's t, two-sided, by n seeds
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and half-width of its 95 % interval."""
+    values = list(values)
+    if len(values) < 2:
+        return values[0], math.inf
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values), half
+
+
+def at_kl(rows: pandas.DataFrame, kl: float, figure: str) -> float:
+    """A figure on a seed's frontier at this KL, between the two nearest β."""
+    rows = rows.sort_values("kl")
+    return float(numpy.interp(kl, rows.kl, rows[figure]))
+
+
+def frontier_gaps(rows: pandas.DataFrame, kl: float, figure: str = "gold") -> dict[str, list]:
+    """How far each method is above V2 at the same KL, seed by seed."""
+    rows = rows[rows.part == "frontier"]
+    found = {}
+    for method in METHODS:
+        gaps = []
+        for seed, mine in rows[rows.method == method].groupby("seed"):
+            base = rows[(rows.method == "V2") & (rows.seed == seed)]
+            gaps.append(at_kl(mine, kl, figure) - at_kl(base, kl, figure))
+        found[method] = gaps
+    return found
+
+
+def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> pandas.DataFrame:
+    """Mean and half-width over seeds of a figure, a row a method, a column a value of `column`."""
+    rows = rows[rows.part == part]
+    rows = rows.assign(reached=reached(rows))
+    table = {}
+    for method in METHODS:
+        cells = {}
+        for value, found in rows[rows.method == method].groupby(column):
+            mean, half = interval(found[figure])
+            cells[value] = f"{mean:6.2f} ± {half:.2f}"
+        table[method] = cells
+    return pandas.DataFrame(table).T
+
+
+def show(rows: pandas.DataFrame) -> None:
+    print("tuned: learning rate, and ε, η or λ")
+    for method, (lr, knob) in tuned(rows).items():
+        print(f"  {method:11}{lr:10g}{knob:8g}")
+    for figure in ("kl", "gold", "win_rate", "reached"):
+        print(f"\nfrontier: {figure} by β")
+        print(by(rows, "frontier", "beta", figure).to_string())
+    for kl in (1.0, 2.0, 4.0):
+        print(f"\ngold reward above V2's at a KL of {kl:g}")
+        for method, gaps in frontier_gaps(rows, kl).items():
+            mean, half = interval(gaps)
+            print(f"  {method:11}{mean:+7.2f} ± {half:.2f}")
+    rates = rows[rows.part == "rate"]
+    best = {method: lr for method, (lr, _) in tuned(rows).items()}
+    factor = rates.lr / rates.method.map(best)
+    for part, column in (("rate", "factor"), ("staleness", "epochs"), ("offset", "offset")):
+        print(f"\n{part}: score − β KL by {column}")
+        print(by(rows.assign(factor=factor.round(4)), part, column, "reached").to_string())
+
+
 def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "show"], default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args()
+    if "show" in args.parts:
+        show(read_rows())
+        return
     run_all(args.parts, tuple(args.seeds))
 
 

@@ -78,7 +78,7 @@ SICK = [
         "answers become rude and long.",
     ),
     Sick(
-        "The KL to the reference is paid for instead of being charged.",
+        "The policy is paid for its KL to the reference, not charged for it.",
         "p3o_loss",
         ".detach() - beta * (h[:, 0] - h[:, 1])",
         ".detach() + beta * (h[:, 0] - h[:, 1])",
