@@ -184,11 +184,12 @@ def test_a_dozen_bugs_each_with_a_diagnosis_and_symptoms_of_its_own():
 
 @pytest.mark.parametrize("known", [3, 8])
 def test_a_hunts_source_shows_what_is_solved_and_the_key_points_at_its_bug(known):
-    names = [f"student {i}" for i in range(60)]
+    names = [f"student {i}" for i in range(15)]
     drawn = [course.hunted(name, known) for name in names]
     assert course.hunted(names[0], known) == drawn[0], "the name alone decides"
     in_reach = {sick for sick in SICK if course.NUMBERS[sick.problem] <= known}
-    assert {sick for sick, _, _ in drawn} == in_reach
+    assert {sick for sick, _, _ in drawn} <= in_reach
+    assert len({sick for sick, _, _ in drawn}) >= 4
     problems = list(PROBLEMS)
     for sick, source, lines in drawn:
         compile(source, "source", "exec")
@@ -252,9 +253,14 @@ def submissions() -> list[tuple[str, str]]:
         ("stopped after", course.solved(starter, name, "    while True:\n        pass\n")),
         ("SystemExit", course.solved(starter, name, "    raise SystemExit(0)\n")),
         ("stopped after", course.solved(starter, name, gigabyte)),
-        ("no report", starter + "\nimport os\nos._exit(0)\n"),
-        ("no report", starter + "\n1 / 0\n"),
+        ("it ended the process", starter + "\nimport os\nos._exit(0)\n"),
+        ("cannot be imported: ZeroDivisionError", starter + "\n1 / 0\n"),
+        ("cannot be imported: SystemExit", starter + "\nimport sys\nsys.exit(0)\n"),
         ("has no attribute", starter.replace(f"def {name}", "def my_loss")),
+        (
+            "NotImplementedError: problem 5",
+            course.solved(starter, name, right) + "\n" + course.definitions(starter)[name],
+        ),
     ]
 
 
@@ -286,3 +292,5 @@ def test_one_mistake_costs_one_problem():
     mine = course.solved(starter, "bradley_terry_loss", right["bradley_terry_loss__softmax"])
     assert course.grade_problem(mine, 5, seconds=60) == (1.0, "")
     assert course.grade_problem(mine, 1, seconds=60)[0] == 0
+    renamed = mine.replace("def collate", "def my_collate")
+    assert course.grade_problem(renamed, 5, seconds=60) == (1.0, "")

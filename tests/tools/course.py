@@ -39,6 +39,7 @@ from sick import SICK, Sick  # noqa: E402
 
 ROOT = TESTS.parent
 HUNT_OPTIONS = ["--small"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
 SOURCE = ROOT / "p3o.py"
 NUMBERS = {name: number for number, name in enumerate(PROBLEMS, 1)}
 LETTERS = dict(zip(sorted(sick.diagnosis for sick in SICK), string.ascii_uppercase, strict=False))
@@ -89,6 +90,17 @@ def styles() -> dict[str, str]:
     return found
 
 
+def definitions(source: str) -> dict[str, str]:
+    """A file's functions, whole; of one that is there twice, the last."""
+    lines = source.splitlines(keepends=True)
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            first = min([node, *node.decorator_list], key=lambda part: part.lineno)
+            found[node.name] = "".join(lines[first.lineno - 1 : node.end_lineno])
+    return found
+
+
 def plant(source: str, old: str, new: str) -> str:
     assert source.count(old) == 1, f"the file should hold this once: {old}"
     return source.replace(old, new)
@@ -104,18 +116,7 @@ def outcomes(source: str, file: str = "p3o.py", options: tuple = ()) -> dict[str
         shutil.copytree(ROOT / "data", folder / "data")
         shutil.copy(SOURCE, folder)
         (folder / file).write_text(source)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-rA",
-            "--tb=no",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:randomly",
-        ]
+        command = [*PYTEST, "-rA", "--tb=no"]
         command += [f"--file={folder / 'p3o.py'}", *options, str(TESTS)]
         result = subprocess.run(command, capture_output=True, text=True)
     lines = r"^(PASSED|FAILED|ERROR) \S+?::(.+?)(?: - .*)?$"
@@ -160,16 +161,8 @@ def first_message(source: str, number: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mine.py"
         file.write_text(source)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", f"--file={file}"]
-        command += [
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:randomly",
-            "-m",
-            f"problem_{number}",
-            str(TESTS),
-        ]
+        command = [*PYTEST, "-x", "--tb=short", f"--file={file}"]
+        command += ["-m", f"problem_{number}", str(TESTS)]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode == 0:
         return ""
@@ -420,19 +413,31 @@ def diff(text: str, sign: str) -> str:
 
 
 # ---- Grading -------------------------------------------------------------------------------
-def run_limited(command: list[str], seconds: float) -> bool:
-    """Run a command, its output thrown away; returns False if it was stopped after some time."""
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
-    process = subprocess.Popen(command, start_new_session=True, **quiet)
-    try:
-        process.wait(seconds)
-        return True
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it started
-        process.wait()
+def run_limited(command: list[str], seconds: float, errors: Path) -> bool:
+    """Run a command, its errors into a file; returns False if it was stopped after some time."""
+    with errors.open("w") as file:
+        away = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+        process = subprocess.Popen(command, start_new_session=True, **away)
+        try:
+            process.wait(seconds)
+            return True
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
+
+
+def alone(submission: str, name: str) -> str:
+    """A submission with one of its problems, and the solutions of the others.
+
+    They stand at the end, where they replace what the student may have written twice, or not at
+    all. Raises SyntaxError.
+    """
+    parts = definitions(SOURCE.read_text())
+    parts[name] = definitions(submission).get(name, "")
+    return "\n\n".join([submission, *[parts[problem] for problem in PROBLEMS]])
 
 
 def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, str]:
@@ -440,43 +445,28 @@ def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, 
 
     The other problems' functions are taken from the solution, so that one mistake counts once.
     """
-    reference = bodies(SOURCE.read_text())
-    name = list(PROBLEMS)[number - 1]
     try:
-        for other in PROBLEMS.keys() - {name}:
-            submission = solved(submission, other, reference[other])
+        submission = alone(submission, list(PROBLEMS)[number - 1])
     except (SyntaxError, ValueError) as error:
         return 0.0, f"the file cannot be read: {error}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "p3o.py"
         file.write_text(submission)
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-s",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:randomly",
-            "--tb=short",
-        ]
-        command += [f"--file={file}", f"--junitxml={report}", "-m", f"problem_{number}", str(TESTS)]
-        if not run_limited(command, seconds):
+        errors = Path(folder) / "errors.txt"
+        command = [*PYTEST, "-s", "--tb=short", f"--file={file}", f"--junitxml={report}"]
+        command += ["-m", f"problem_{number}", str(TESTS)]
+        if not run_limited(command, seconds, errors):
             return 0.0, f"stopped after {seconds:.0f} seconds"
         if not report.exists():
-            return (
-                0.0,
-                "no report: does the file fail on import, or end the process?",
-            )
+            with errors.open(errors="replace") as file:
+                reason = re.search("cannot be imported: .*", file.read(10_000))
+            return 0.0, f"the file {reason[0]}" if reason else "no report: it ended the process"
         cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = [
-        case for case in cases if case.find("failure") is not None or case.find("error") is not None
-    ]
+    bad = [case for case in cases if case.find("failure") is not None]
+    bad += [case for case in cases if case.find("error") is not None]
     if not cases:
-        return 0.0, "no test ran: does the file fail on import?"
+        return 0.0, "no test ran"
     if not bad:
         return 1.0, ""
     found = bad[0].find("failure")
@@ -537,7 +527,7 @@ def write_grades(results: dict[Path, list], table: Path | None, folder: Path | N
 def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     about = "write p3o.py without the bodies of the eight problems"
     starter_command = commands.add_parser("starter", help=about)
     bug_command = commands.add_parser("bug", help="write p3o.py with one bug planted")
