@@ -168,7 +168,7 @@ def tokenize_prompt(text: str, tokenizer: Any, limit: int) -> list[int]:
     """A long prompt loses its oldest turns, then the beginning of what is left."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     while len(ids) > limit and HUMAN in text[1:]:
-        text = text[text.index(HUMAN, 1) :]
+        text = text[text.index(HUMAN, 1) :]  # from the second turn on: it begins with one
         ids = tokenizer.encode(text, add_special_tokens=False)
     return ids[-limit:]
 
@@ -601,7 +601,7 @@ def train_policy(
         ref_logprobs = in_parts(reference_logprobs, size, ids, response_mask)
 
         # 3. updates on minibatches of pairs
-        new_logprobs = old_logprobs.clone()  # (B, 2), the latest
+        new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
         sums = defaultdict(float)  # of each metric, over the pairs of all updates
         for _ in range(cfg.inner_epochs):
             for minibatch in torch.randperm(cfg.pairs).split(cfg.minibatch):

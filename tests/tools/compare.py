@@ -312,6 +312,25 @@ def frontier_gaps(rows: pandas.DataFrame, kl: float, figure: str = "gold") -> di
     return found
 
 
+def head_to_head(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, str], list[float]]:
+    """How often each method's answers beat each other's to the same prompts, seed by seed.
+
+    Of each method and seed the run is taken whose KL is nearest. A tie counts half.
+    """
+    rows = rows[rows.part == "frontier"]
+    nearest = {}
+    for (method, seed), found in rows.groupby(["method", "seed"]):
+        closest = found.loc[(numpy.log(found.kl.clip(0.01) / kl)).abs().idxmin()]
+        nearest[method, seed] = [ord(letter) for letter in closest.points]
+    wins = defaultdict(list)
+    for (one, seed), mine in nearest.items():
+        for other in METHODS:
+            theirs = nearest.get((other, seed))
+            if theirs:
+                wins[one, other].append(statistics.mean(judge.wins(mine, theirs)))
+    return wins
+
+
 def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> pandas.DataFrame:
     """Mean and half-width over seeds of a figure, a row a method, a column a value of `column`."""
     rows = rows[rows.part == part]
