@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import itertools
 import math
 import multiprocessing
@@ -73,6 +74,10 @@ KNOBS = {
     "PPO": (0.95, 1.0),
     "DPO": (0.0,),
 }
+# reward and policy one after the other, or at once: with this share of the preferences
+JOINT = ("pipeline", "pipeline, equal updates", "AIHF", "AIHF, logistic")
+SHARES = (0.01, 0.03, 0.1, 1.0)
+JOINT_BETAS = (0.05, 0.1, 0.2, 0.4)
 MORE_RATES = (3.125e-5, 6.25e-5, 1.25e-4, *RATE_GRID, 8e-3, 1.6e-2)  # as many trials
 
 
@@ -88,7 +93,7 @@ class Trial(NamedTuple):
     offset: float = 0.0
 
 
-PARTS = ("tuning", "frontier", "rate", "staleness", "offset", "gaming")
+PARTS = ("tuning", "frontier", "rate", "staleness", "offset", "gaming", "joint tuning", "joint")
 FIGURES = ("score", "gold", "kl", "win_rate", "finished", "seconds", "points", "curve")
 
 
@@ -140,6 +145,33 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
         p3o.train_policy(policy, sft, score, prompts, cfg, log, loss_fn=loss)
 
 
+def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
+    """The last two stages with a share of the preferences, `knob`; all demonstrations are there.
+
+    AIHF makes an update of the reward with each of the policy. The pipeline trains its reward model
+    before, for two epochs as p3o.py does, or with as many updates as AIHF.
+    """
+    preferences = examples[: round(trial.knob * len(examples))]
+    options = dict(beta=trial.beta, lr=trial.lr, iterations=trial.iterations)
+    cfg = p3o.Config(**p3o.SMALL | options)
+    prompts = [example.prompt for example in examples]
+    reward_model = p3o.load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
+    torch.nn.init.zeros_(reward_model.score.weight)
+    if trial.method.startswith("AIHF"):
+        exact = trial.method == "AIHF"
+        models = (policy, sft, reward_model)
+        relatives.train_jointly(*models, examples, preferences, cfg, log, exact=exact)
+        return
+    epochs = 2
+    if trial.method == "pipeline, equal updates":
+        updates = trial.iterations * cfg.inner_epochs * cfg.pairs // cfg.minibatch
+        epochs = max(1, round(updates * cfg.batch / len(preferences)))
+    p3o.train_reward(reward_model, preferences, dataclasses.replace(cfg, epochs=epochs), log)
+    p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
+    score = partial(p3o.reward_scores, reward_model)
+    p3o.train_policy(policy, sft, score, prompts, cfg, log)
+
+
 def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list]:
     """One answer to each prompt: its score, KL, text, and whether it ended."""
     found = defaultdict(list)
@@ -182,7 +214,10 @@ def run(trial: Trial) -> dict:
     torch.manual_seed(trial.seed)
     start = time.perf_counter()
     with contextlib.suppress(FloatingPointError):  # it diverged: what it became is judged
-        train(trial, policy, sft, reward_model, examples, log)
+        if trial.method in JOINT:
+            train_on_few(trial, policy, sft, out, examples, log)
+        else:
+            train(trial, policy, sft, reward_model, examples, log)
     seconds = time.perf_counter() - start
     mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
     first = answer_all(sft, sft, reward_model, tokenizer, heldout)
@@ -226,6 +261,16 @@ def tuned(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
     return {method: (lr, knob) for method, lr, knob in best}
 
 
+def tuned_betas(rows: pandas.DataFrame) -> dict[str, float]:
+    """β of each way to learn from few preferences: the best mean gold reward at a tenth of them.
+
+    By gold, since their scores have no common unit.
+    """
+    rows = rows[rows.part == "joint tuning"]
+    means = rows.gold.groupby([rows.method, rows.beta]).mean()
+    return dict(means.groupby("method").idxmax())
+
+
 def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
     """What a part consists of, whole seeds after one another."""
     if part == "tuning":
@@ -235,6 +280,13 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
             for lr, knob in itertools.product(rates, KNOBS[method]):
                 found.append(Trial(part, method, seed, BETA, lr, knob))
         return found
+    if part == "joint tuning":
+        grid = itertools.product(TUNING_SEEDS, JOINT, JOINT_BETAS)
+        return [Trial(part, method, seed, beta, 2e-3, 0.1) for seed, method, beta in grid]
+    if part == "joint":
+        betas = tuned_betas(rows)
+        grid = itertools.product(seeds, JOINT, SHARES)
+        return [Trial(part, name, seed, betas[name], 2e-3, share) for seed, name, share in grid]
     best = tuned(rows)
     found = []
     online = [method for method in METHODS if method != "DPO"]
