@@ -223,7 +223,9 @@ def test_a_hunt_gives_symptoms_then_sources_and_checks_both_answers(tmp_path, mo
         files = {path.name for path in given.iterdir()}
         assert files == {"output.txt", "sft.jsonl", "reward.jsonl", "p3o.jsonl"}
         assert "win_rate" in (given / "output.txt").read_text()
-        assert sick.diagnosis not in (given / "output.txt").read_text()
+        assert ", in runs/small\n" in (given / "output.txt").read_text()
+        for file in given.iterdir():
+            assert str(tmp_path) not in file.read_text(), "the run's folder names the diagnosis"
     letter = course.LETTERS[sick.diagnosis]
     answers = tmp_path / "answers.csv"
     for diagnosis, line, says in (
