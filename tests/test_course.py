@@ -87,6 +87,9 @@ def test_the_commands_write_a_file_and_never_over_one(tmp_path):
         ["bug", "7", file],
         ["bug", "0", tmp_path / "a.py"],
         ["bug", "7", tmp_path],
+        ["hunt", tmp_path],
+        ["hunt", tmp_path, "../Ada"],
+        ["hunt", tmp_path, "--answers", file],  # no table, and nobody hunted
     ):
         refused = run(*command)
         assert refused.returncode == 2

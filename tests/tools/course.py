@@ -382,7 +382,10 @@ def hunt(folder: Path, names: list[str], known: int) -> None:
 def hunt_results(key: Path, answers: Path) -> None:
     """Print what is right of each student's answer: name, diagnosis, line."""
     with answers.open(newline="") as file:
-        found = {row["name"]: row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    found = {row.get("name"): row for row in rows}
+    if None in found:
+        raise ValueError(f"{answers} needs the columns name, diagnosis and line")
     with key.open(newline="") as file:
         for row in csv.DictReader(file):
             answer = found.get(row["name"], {})
@@ -570,10 +573,15 @@ def main() -> int:
         bad = [name for name in args.names if Path(name).name != name]
         if bad:
             parser.error(f"{bad[0]!r} is no file name; use a name without a slash")
-        if args.answers:
-            hunt_results(args.folder / "key.csv", args.answers)
-        else:
-            hunt(args.folder, args.names, args.solved)
+        if not args.names and not args.answers:
+            parser.error("name the students, or give their --answers")
+        try:
+            if args.answers:
+                hunt_results(args.folder / "key.csv", args.answers)
+            else:
+                hunt(args.folder, args.names, args.solved)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         return 0
     if args.command == "grade":
         chosen = [args.problem] if args.problem else list(numbers)
