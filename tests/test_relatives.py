@@ -76,7 +76,7 @@ def test_on_fresh_samples_each_pushes_by_its_factor_of_G():
     assert close(pushes(relatives.rloo_loss, new, old, ref, scores), p3o_push)
     sign = along_G(0.5 * gap(scores).sign())
     grpo = pushes(relatives.grpo_loss, new, old, ref, scores)
-    assert torch.allclose(grpo, sign - 0.5 * BETA * h, atol=0.05)  # std + 1e-4
+    assert torch.allclose(grpo, sign - along_G(0.5 * BETA * gap(h)), atol=0.05)  # std + 1e-4
     chance = torch.sigmoid(gap(scores)) - torch.sigmoid(BETA * gap(h))
     assert close(pushes(relatives.online_dpo_loss, new, old, ref, scores), along_G(BETA * chance))
     rebel = partial(relatives.rebel_loss, eta=4.0)
@@ -103,7 +103,7 @@ def test_off_policy_grpo_clips_a_response_alone_and_takes_the_current_kl():
     sign = along_G(0.5 * gap(scores).sign())
     assert torch.allclose(without[moving], (sign * ratio)[moving], atol=0.1)
     kl = pushes(relatives.grpo_loss, new, old, ref, scores) - without
-    assert close(kl, -0.5 * BETA * (new - ref))
+    assert close(kl, -along_G(0.5 * BETA * gap(new - ref)))
 
 
 def test_rebel_pulls_back_where_the_policy_has_moved_too_far():

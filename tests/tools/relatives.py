@@ -74,10 +74,11 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Group relative policy optimization (Shao et al. 2024), groups of two, whole responses.
 
-    A_i = (r_i − mean) / std = ±1: which response is better, and not by how much.
-    J = ½ Σ_i { min( A_i ρ_i, A_i clip(ρ_i, 1−ε, 1+ε) ) − β ½ h_i² }. The gradient of ½ h², h of the
-    current policy, is that of the KL on fresh samples; the published estimator, π_ref/π + h − 1, is
-    meant for single tokens and explodes on whole responses.
+    A_i = (r_i − mean) / std = ±1: which response is better, and not by how much. The KL is a term
+    of its own, with h of the current policy, and neither weighted nor clipped:
+    J = ½ Σ_i min( A_i ρ_i, A_i clip(ρ_i, 1−ε, 1+ε) ) − ½ β sg[Δh] Δ log π. The published KL term,
+    π_ref/π + h − 1, is meant for single tokens and explodes on whole responses; this one has the
+    KL's gradient on fresh samples, with the partner as the baseline.
     """
     centred = (scores - scores.mean(-1, keepdim=True)).detach()  # (B, 2)
     spread = centred.square().mean(-1, keepdim=True).sqrt()  # (B, 1)
@@ -85,8 +86,9 @@ def grpo_loss(
     log_ratio = logprobs - old_logprobs.detach()  # (B, 2)
     objective, stopped = clipped(log_ratio, advantage, clip_range)
     h = logprobs - ref_logprobs.detach()  # (B, 2)
-    objective = objective - 0.5 * beta * h.square()
-    return -objective.mean(), metrics_of(log_ratio, advantage[:, 0], stopped)
+    kl_push = beta * (h[:, 0] - h[:, 1]).detach()  # (B,)
+    objective = 0.5 * (objective.sum(-1) - kl_push * (logprobs[:, 0] - logprobs[:, 1]))  # (B,)
+    return -objective.mean(), metrics_of(log_ratio, advantage[:, 0] - kl_push, stopped)
 
 
 def online_dpo_loss(
