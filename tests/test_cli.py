@@ -192,7 +192,8 @@ def test_the_readmes_way_of_using_a_run_works_and_scores_as_the_script_does(
     assert status([*quick, "--out", str(out)]) == 0
     capsys.readouterr()
     readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    section = readme.split("**Using the result.**")[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)

@@ -18,7 +18,7 @@ from conftest import ROOT
 import p3o
 
 # TRL and accelerate warn about their own and transformers' future
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("ignore")
 README = (ROOT / "README.md").read_text()
 SECTION = README.split("## When one GPU is not enough")[1].split("\n## ")[0]
 (CODE,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
