@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import subprocess
 import sys
@@ -310,7 +311,8 @@ def test_help_names_every_option_and_what_it_is(capsys):
 
 def test_the_script_itself_ends_with_the_message_and_the_status(quick):
     command = [sys.executable, SCRIPT, *quick, "--beta", "-1"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # for a file under test without data/
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "p3o.py: --beta must be a number of at least 0, not -1.0\n"
 

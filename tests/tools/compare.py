@@ -360,7 +360,8 @@ def frontier_gaps(rows: pandas.DataFrame, kl: float, figure: str = "gold") -> di
         for seed, mine in rows[rows.method == method].groupby("seed"):
             base = rows[(rows.method == "V2") & (rows.seed == seed)]
             gaps.append(at_kl(mine, kl, figure) - at_kl(base, kl, figure))
-        found[method] = gaps
+        if gaps:
+            found[method] = gaps
     return found
 
 
@@ -398,23 +399,33 @@ def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> pandas.Da
 
 
 def show(rows: pandas.DataFrame) -> None:
-    print("tuned: learning rate, and ε, η or λ")
-    for method, (lr, knob) in tuned(rows).items():
-        print(f"  {method:11}{lr:10g}{knob:8g}")
-    for figure in ("kl", "gold", "win_rate", "reached"):
-        print(f"\nfrontier: {figure} by β")
-        print(by(rows, "frontier", "beta", figure).to_string())
-    for kl in (1.0, 2.0, 4.0):
-        print(f"\ngold reward above V2's at a KL of {kl:g}")
-        for method, gaps in frontier_gaps(rows, kl).items():
-            mean, half = interval(gaps)
-            print(f"  {method:11}{mean:+7.2f} ± {half:.2f}")
-    rates = rows[rows.part == "rate"]
+    """Print the tables of the parts that have rows."""
+    have = set(rows.part)
+    if "tuning" in have:
+        print("tuned: learning rate; ε, η or λ; score − β KL there")
+        tuning = rows[rows.part == "tuning"]
+        for method, (lr, knob) in tuned(rows).items():
+            here = tuning[(tuning.method == method) & (tuning.lr == lr) & (tuning.knob == knob)]
+            print(f"  {method:11}{lr:10g}{knob:8g}{reached(here).mean():8.3f}")
+    if "frontier" in have:
+        for figure in ("kl", "gold", "win_rate", "reached"):
+            print(f"\nfrontier: {figure} by β")
+            print(by(rows, "frontier", "beta", figure).to_string())
+        for kl in (1.0, 2.0, 4.0):
+            print(f"\ngold reward above V2's at a KL of {kl:g}")
+            for method, gaps in frontier_gaps(rows, kl).items():
+                mean, half = interval(gaps)
+                print(f"  {method:11}{mean:+7.2f} ± {half:.2f}")
     best = {method: lr for method, (lr, _) in tuned(rows).items()}
-    factor = rates.lr / rates.method.map(best)
+    rows = rows.assign(factor=(rows.lr / rows.method.map(best)).round(4))
     for part, column in (("rate", "factor"), ("staleness", "epochs"), ("offset", "offset")):
-        print(f"\n{part}: score − β KL by {column}")
-        print(by(rows.assign(factor=factor.round(4)), part, column, "reached").to_string())
+        if part in have:
+            print(f"\n{part}: score − β KL by {column}")
+            print(by(rows, part, column, "reached").to_string())
+    if "joint" in have:
+        print("\nfew preferences: gold reward by their share")
+        joint = rows[rows.part == "joint"]
+        print(joint.pivot_table(index="method", columns="knob", values="gold").round(2).to_string())
 
 
 def main() -> None:
