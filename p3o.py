@@ -168,7 +168,7 @@ def tokenize_prompt(text: str, tokenizer: Any, limit: int) -> list[int]:
     """A long prompt loses its oldest turns, then the beginning of what is left."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     while len(ids) > limit and HUMAN in text[1:]:
-        text = text[text.index(HUMAN, 1) :]  # from the second turn on: it begins with one
+        text = text[text.index(HUMAN, 1) :]  # the oldest turn begins at 0, the next here
         ids = tokenizer.encode(text, add_special_tokens=False)
     return ids[-limit:]
 
@@ -315,7 +315,8 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     """r(x, y), one score a response, read at its last token, EOS included: (…) from (…, T).
 
     `model.score`, in fp32, of that token's hidden state, which `model.base_model` gives for ids
-    (N, T); no other hidden state is used. The library's own forward gives the same score.
+    (N, T) under `mixed_precision`; no other hidden state is used. The library's own forward gives
+    the same score.
     """
     with mixed_precision:
         hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
@@ -533,7 +534,8 @@ def set_gain(
 
     The pairs are drawn by `sample`, one for each of the prompts, and scored by `reward_scores`,
     any number at a time. β then has a unit: it is a price per nat, in typical differences of the
-    reward. Returns the factor. Raises FloatingPointError if the scores are all alike.
+    reward. Returns the factor. Raises FloatingPointError, naming --reward-lr, if the scores are
+    all alike.
     """
     differences = []
     for batch in parts_of(prompts, cfg.minibatch, "  gain   "):

@@ -4,6 +4,7 @@ import other_half
 import pytest
 import torch
 from toys import status
+from transformers import AutoModelForSequenceClassification
 
 import p3o
 from data.preferences import InputError, load_pairs
@@ -28,40 +29,73 @@ def test_each_prompt_is_in_one_half_and_both_hold_out_the_same(quick_data, halve
         other_half.split(str(quick_data), halves, None)
 
 
+def same(model, other) -> bool:
+    return all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
 def test_the_judge_learns_from_its_half_alone_and_both_judge_the_same_answers(
-    quick, halves, out, monkeypatch, capsys
+    quick, halves, out, monkeypatch
 ):
+    """Each figure again, from what the models were asked and what they said."""
     assert status([*quick, "--data", str(halves / "mine"), "--reward-lr", "1e-3"]) == 0
     other, heldout = load_pairs(str(halves / "other"))
-    trained = []
-    train_reward = p3o.train_reward
+    train_reward, score_pairs = p3o.train_reward, p3o.score_pairs
+    reward_scores, sample = p3o.reward_scores, p3o.sample
+    second = []
+    ranked = {"own": [], "other": []}
+    said = {"own": [], "other": []}
+    answered = []
 
-    def spy(model, examples, cfg, log):
-        trained.append([example.text for example in examples])
+    def spy_train(model, examples, cfg, log):
+        assert [example.text for example in examples] == other
         assert cfg.reward_lr == 1e-3, "the run's options"
+        assert same(model.base_model, p3o.load(out / "sft").base_model)
         train_reward(model, examples, cfg, log)
+        second.append(model)
 
-    monkeypatch.setattr(p3o, "train_reward", spy)
-    judged = []
-    reward_scores = p3o.reward_scores
+    def name_of(model) -> str:
+        if model in second:
+            return "other"
+        assert same(model, p3o.load(out / "reward", AutoModelForSequenceClassification))
+        return "own"
 
-    def watch(model, ids, mask):
-        judged.append((id(model), ids.clone()))
-        return reward_scores(model, ids, mask)
+    def spy_pairs(model, batch):
+        scores = score_pairs(model, batch)
+        if second:
+            ranked[name_of(model)] += (scores[:, 0] > scores[:, 1]).tolist()
+        return scores
 
-    monkeypatch.setattr(p3o, "reward_scores", watch)
+    def spy_scores(model, ids, mask):
+        scores = reward_scores(model, ids, mask)
+        if ids.dim() == 3:
+            said[name_of(model)].append((ids, scores.flatten()))
+        return scores
+
+    def spy_sample(model, *rest):
+        answered.append(model)
+        return sample(model, *rest)
+
+    monkeypatch.setattr(p3o, "train_reward", spy_train)
+    monkeypatch.setattr(p3o, "score_pairs", spy_pairs)
+    monkeypatch.setattr(p3o, "reward_scores", spy_scores)
+    monkeypatch.setattr(p3o, "sample", spy_sample)
     figures = other_half.judge(out, str(halves / "other"))
-    assert trained == [other]
-    asked = min(16, len(heldout))
-    assert {len(figures[name]) for name in ("accuracy_own", "accuracy_other")} == {len(heldout)}
-    for name in ("win_rate_own", "win_rate_other", "agreement"):
-        assert len(figures[name]) == asked
-    models = {model for model, _ in judged}
-    seen = {
-        model: [ids for who, ids in judged if who == model and ids.dim() == 3] for model in models
-    }
-    first, second = [rows for rows in seen.values() if rows][-2:]
-    assert all(map(torch.equal, first, second)), "the same answers"
+
+    for turn, model in enumerate(answered):
+        assert same(model, p3o.load(out / ("sft", "p3o")[turn % 2]))
+    wins = {}
+    for name, calls in said.items():
+        assert figures[f"accuracy_{name}"] == ranked[name]
+        assert len(ranked[name]) == len(heldout)
+        answers = [scores for _, scores in calls]
+        gap = torch.cat(answers[1::2]) - torch.cat(answers[0::2])  # policy's over SFT's
+        wins[name] = (gap.sign() / 2 + 0.5).tolist()
+        assert figures[f"win_rate_{name}"] == wins[name]
+    assert wins["own"] != wins["other"]
+    both = zip(wins["own"], wins["other"], strict=True)
+    assert figures["agreement"] == [own == other for own, other in both]
+    asked = [[ids for ids, _ in calls] for calls in said.values()]
+    assert all(map(torch.equal, *asked)), "the same answers"
 
 
 def test_its_command_line_tells_what_is_wrong(monkeypatch, tmp_path):

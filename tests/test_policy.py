@@ -183,7 +183,7 @@ def test_the_policy_learns_what_the_score_asks_for_and_the_reference_stays(tiny,
     before = copy.deepcopy(tiny[0])
     _, rows, _ = run_policy(tiny[0], tiny[0], even_share, prompts, cfg)
     scores = [row["objective/scores"] for row in rows]
-    assert sum(scores[-4:]) / 4 > sum(scores[:2]) / 2 + 0.06
+    assert sum(scores[-4:]) / 4 > sum(scores[:2]) / 2 + 0.1
     assert rows[-1]["objective/kl"] > 0
     assert same_weights(tiny[0], before), "the reference learnt"
 

@@ -1,6 +1,5 @@
 """What all stages promise; stages 1 and 2, and the gain between 2 and 3."""
 
-import contextlib
 import inspect
 import math
 
@@ -232,7 +231,7 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, mon
 def test_a_reward_model_that_scores_all_alike_has_no_gain(tiny, fresh):
     model = fresh(tiny[1])
     torch.nn.init.zeros_(model.score.weight)
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match="--reward-lr"):
         p3o.set_gain(model, tiny[0], [[1], [2]], tiny[3])
 
 
@@ -257,19 +256,28 @@ def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkey
 
 
 # ---- Mixed precision -----------------------------------------------------------------------
-def test_the_reward_head_is_applied_in_float32(tiny, monkeypatch):
-    """In what a GPU does, with the CPU's bf16, of hidden states in bf16 or, slower, in float32."""
-    reward_model = tiny[1]
+@pytest.mark.problem_4
+def test_the_reward_head_is_applied_in_float32_to_hidden_states_in_mixed_precision(
+    tiny, fresh, monkeypatch
+):
+    """In what a GPU does, with the CPU's bf16; all rows at once or one after the other."""
+    model = fresh(tiny[1])
     ids, mask = batch(tiny)
-    last = (mask * torch.arange(ids.shape[1])).argmax(1)
     monkeypatch.setattr(p3o, "mixed_precision", torch.autocast("cpu", torch.bfloat16))
-    exact = []
+    rows = []  # the hidden states of each row, (T, D)
+    in_bf16 = []
+
+    def watch(_, arguments, output):
+        rows.extend(output.last_hidden_state)
+        in_bf16.append(torch.is_autocast_enabled("cpu"))
+
+    model.base_model.register_forward_hook(watch)
     with torch.no_grad():
-        scores = p3o.reward_scores(reward_model, ids, mask)
-        for precision in (p3o.mixed_precision, contextlib.nullcontext()):
-            with precision:
-                hidden = reward_model.base_model(ids).last_hidden_state
-            read = hidden[torch.arange(len(ids)), last].double()
-            exact.append(read @ reward_model.score.weight[0].double())
+        scores = p3o.reward_scores(model, ids, mask)
+    last = (mask * torch.arange(ids.shape[1])).argmax(1)
+    read = torch.stack([row[t] for row, t in zip(rows, last, strict=True)]).double()
+    exact = read @ model.score.weight[0].double()
+    assert all(in_bf16), "the hidden states are not computed under mixed_precision"
     assert scores.dtype == torch.float32
-    assert any(torch.allclose(scores.double(), e, rtol=1e-5, atol=1e-6) for e in exact)
+    close = torch.allclose(scores.double(), exact, rtol=1e-5, atol=1e-6)
+    assert close, "the head is not applied in float32"

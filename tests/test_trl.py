@@ -61,7 +61,7 @@ def trainer_of(script, tmp_path, kind=None, score=None, peft_config=None, **opti
     pairs, _ = script.load_pairs("data")
     prompts = script.Dataset.from_list([{"prompt": pair.prompt} for pair in pairs[:40]])
     torch.manual_seed(0)
-    trainer = (kind or script.P3OTrainer)(
+    return (kind or script.P3OTrainer)(
         f"{script.run}/sft",
         score or script.score,
         config,
@@ -69,10 +69,6 @@ def trainer_of(script, tmp_path, kind=None, score=None, peft_config=None, **opti
         processing_class=script.tokenizer,
         peft_config=peft_config,
     )
-    for model in (trainer.model, trainer.ref_model):
-        if model is not None:
-            model.register_forward_pre_hook(script.count_positions, with_kwargs=True)
-    return trainer
 
 
 def watched(script, seen: list):
@@ -205,8 +201,6 @@ config = dataclasses.replace(
 pairs, _ = load_pairs("data")
 prompts = Dataset.from_list([{"prompt": pair.prompt} for pair in pairs[:40]])
 trainer = Preset(f"{run}/sft", score, config, prompts, processing_class=tokenizer)
-trainer.model.register_forward_pre_hook(count_positions, with_kwargs=True)
-trainer.ref_model.register_forward_pre_hook(count_positions, with_kwargs=True)
 trainer.train()
 if trainer.accelerator.is_main_process:
     print(trainer.accelerator.num_processes, "processes")

@@ -1,12 +1,12 @@
 """P3O beside its relatives: tuned alike, then compared over β, rates, stale samples and offsets.
 
-    python tests/tools/compare.py              # all parts, from where it stopped; hours
-    python tests/tools/compare.py tuning       # one part
-    python tests/tools/compare.py show         # what the rows say
+    python tests/tools/compare.py                    # all parts, from where it stopped; hours
+    python tests/tools/compare.py --parts tuning     # one part
+    python tests/tools/compare.py --show             # what the rows say
 
 Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py --small), takes the
 same prompts, as many samples and as many updates, and is one row of data/comparison.csv. Rows that
-are there are not run again. β, learning rate and clip of each method are those that did best in the
+are there are not run again. Learning rate and clip of each method are those that did best in the
 tuning, whose seeds are not used afterwards.
 """
 
@@ -15,6 +15,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import itertools
 import math
 import multiprocessing
@@ -25,7 +26,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,9 +49,10 @@ TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 BETA = 0.1
 BETAS = (0.4, 0.2, 0.1, 0.05, 0.025)
-RATES = (0.25, 0.5, 1, 2, 4, 8)  # times the tuned one
-EPOCHS = (1, 2, 4, 8, 16)  # on the same samples, with as many updates in all
-OFFSETS = (0, 1, 3, 10)  # standard deviation of δ(x)
+# beside the frontier's run at BETA, with the tuned rate, 2 epochs and no offset
+RATES = (0.25, 4, 8)  # times the tuned one
+EPOCHS = (1, 4, 16)  # on the same samples, with as many updates in all
+OFFSETS = (1, 3, 10)  # standard deviation of δ(x); methods that see pairs get only the last
 EVALUATED = 256  # held-out prompts
 LOSSES = {
     "V2": p3o.p3o_loss,
@@ -63,6 +64,8 @@ LOSSES = {
 }
 METHODS = (*LOSSES, "PPO", "DPO")
 RATE_GRID = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+# as many trials for a method without a knob
+MORE_RATES = (3.125e-5, 6.25e-5, 1.25e-4, *RATE_GRID, 8e-3, 1.6e-2)
 # what else a method has: ε; η of REBEL, λ of PPO; online DPO and DPO have nothing but more rates
 KNOBS = {
     "V2": (0.2, 0.5),
@@ -78,7 +81,6 @@ KNOBS = {
 JOINT = ("pipeline", "pipeline, equal updates", "AIHF", "AIHF, logistic")
 SHARES = (0.01, 0.03, 0.1, 1.0)
 JOINT_BETAS = (0.05, 0.1, 0.2, 0.4)
-MORE_RATES = (3.125e-5, 6.25e-5, 1.25e-4, *RATE_GRID, 8e-3, 1.6e-2)  # as many trials
 
 
 class Trial(NamedTuple):
@@ -141,7 +143,7 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
     else:
         loss = LOSSES[trial.method]
         if trial.method == "REBEL":
-            loss = partial(loss, eta=trial.knob)
+            loss = functools.partial(loss, eta=trial.knob)
         p3o.train_policy(policy, sft, score, prompts, cfg, log, loss_fn=loss)
 
 
@@ -156,8 +158,8 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
     cfg = p3o.Config(**p3o.SMALL | options)
     prompts = [example.prompt for example in examples]
     reward_model = p3o.load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
-    torch.nn.init.zeros_(reward_model.score.weight)
     if trial.method.startswith("AIHF"):
+        torch.nn.init.zeros_(reward_model.score.weight)  # as train_reward does
         exact = trial.method == "AIHF"
         models = (policy, sft, reward_model)
         relatives.train_jointly(*models, examples, preferences, cfg, log, exact=exact)
@@ -168,7 +170,7 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
         epochs = max(1, round(updates * cfg.batch / len(preferences)))
     p3o.train_reward(reward_model, preferences, dataclasses.replace(cfg, epochs=epochs), log)
     p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
-    score = partial(p3o.reward_scores, reward_model)
+    score = functools.partial(p3o.reward_scores, reward_model)
     p3o.train_policy(policy, sft, score, prompts, cfg, log)
 
 
@@ -190,10 +192,11 @@ def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list
     return found
 
 
-def run(trial: Trial) -> dict:
-    """A row of the file: the trial and its figures."""
+@functools.lru_cache(1)
+def start_of(seed: int) -> tuple:
+    """What all runs of a seed begin with, and what its SFT model answers."""
     torch.set_num_threads(1)
-    out = pipeline(trial.seed)
+    out = pipeline(seed)
     tokenizer = AutoTokenizer.from_pretrained(out / "sft")
     cfg = p3o.Config(**p3o.SMALL)
     train_pairs, heldout_pairs = p3o.load_pairs(cfg.data)
@@ -201,6 +204,14 @@ def run(trial: Trial) -> dict:
     heldout = p3o.tokenize(heldout_pairs, tokenizer, cfg)[:EVALUATED]
     sft = p3o.load(out / "sft")
     reward_model = p3o.load(out / "reward", AutoModelForSequenceClassification)
+    answers = answer_all(sft, sft, reward_model, tokenizer, heldout)
+    return tokenizer, examples, heldout, sft, reward_model, answers
+
+
+def run(trial: Trial) -> dict:
+    """A row of the file: the trial and its figures."""
+    tokenizer, examples, heldout, sft, reward_model, first = start_of(trial.seed)
+    out = pipeline(trial.seed)
     policy = p3o.load(out / "sft")
     curve = []
 
@@ -220,7 +231,6 @@ def run(trial: Trial) -> dict:
             train(trial, policy, sft, reward_model, examples, log)
     seconds = time.perf_counter() - start
     mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
-    first = answer_all(sft, sft, reward_model, tokenizer, heldout)
     wins = judge.wins(mine["gold"], first["gold"])
     row = trial._asdict()
     for key in ("score", "gold", "kl", "finished"):
@@ -290,36 +300,43 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
     best = tuned(rows)
     found = []
     online = [method for method in METHODS if method != "DPO"]
-    for seed in seeds:
-        for method in METHODS if part == "frontier" else online:
-            lr, knob = best[method]
-            base = Trial(part, method, seed, BETA, lr, knob)
-            if part == "frontier":
-                found += [base._replace(beta=beta) for beta in BETAS]
-            elif part == "rate":
-                found += [base._replace(lr=lr * factor) for factor in RATES]
-            elif part == "staleness":
-                found += [base._replace(epochs=n, iterations=160 // n) for n in EPOCHS]
-            elif part == "offset":
-                found += [base._replace(offset=spread) for spread in OFFSETS]
-            elif part == "gaming":
-                found.append(base._replace(beta=0.025, iterations=240))
+    for seed, method in itertools.product(seeds, METHODS if part == "frontier" else online):
+        lr, knob = best[method]
+        base = Trial(part, method, seed, BETA, lr, knob)
+        if part == "frontier":
+            found += [base._replace(beta=beta) for beta in BETAS]
+        elif part == "rate":
+            found += [base._replace(lr=lr * factor) for factor in RATES]
+        elif part == "staleness":
+            found += [base._replace(epochs=n, iterations=160 // n) for n in EPOCHS]
+        elif part == "offset":
+            spreads = OFFSETS if method == "PPO" else OFFSETS[-1:]
+            found += [base._replace(offset=spread) for spread in spreads]
+        elif part == "gaming":
+            found.append(base._replace(beta=0.025, iterations=240))
     return found
 
 
-def run_all(parts: list[str], seeds: tuple[int, ...]) -> None:
-    """Run what is missing, a process a core; each row is written as it comes."""
+def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
+    """Run what is missing, a process a core; each row is written as it comes.
+
+    The tunings come first, then all parts of a seed after those of the seed before.
+    """
     context = multiprocessing.get_context("spawn")
     os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has its tqdm already
-    for part in parts:
-        rows = read_rows()
-        done = {key_of(row) for row in rows.to_dict("records")}
-        todo = [trial for trial in trials(part, rows, seeds) if key_of(trial._asdict()) not in done]
-        with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+    steps = [(part, seeds) for part in PARTS if part in parts and "tuning" in part]
+    later = [part for part in PARTS if part in parts and "tuning" not in part]
+    steps += [(part, (seed,)) for seed in seeds for part in later]
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        for part, some in steps:
+            rows = read_rows()
+            done = {key_of(row) for row in rows.to_dict("records")}
+            todo = [t for t in trials(part, rows, some) if key_of(t._asdict()) not in done]
             needed = sorted({trial.seed for trial in todo})
-            list(tqdm(pool.map(pipeline, needed), f"{part}: pipelines", len(needed)))
+            list(pool.map(pipeline, needed))
             futures = [pool.submit(run, trial) for trial in todo]
-            for future in tqdm(as_completed(futures), part, len(futures)):
+            name = part if "tuning" in part else f"{part}, seed {some[0]}"
+            for future in tqdm(as_completed(futures), name, len(futures)):
                 write_row(future.result())
 
 
@@ -333,7 +350,8 @@ def write_row(row: dict) -> None:
 
 
 # ---- What the rows say -------------------------------------------------------------------
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 10: 2.26}  # Student's t, two-sided, by n seeds
+# Student's t, two-sided, by the number of seeds
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -431,10 +449,11 @@ def show(rows: pandas.DataFrame) -> None:
 def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, "show"], default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--show", action="store_true", help="what the rows say; nothing is run")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args()
-    if "show" in args.parts:
+    if args.show:
         show(read_rows())
         return
     run_all(args.parts, tuple(args.seeds))

@@ -287,7 +287,8 @@ def handout(folder: Path) -> None:
     pages = TESTS / "tools" / "pages"
     shutil.copy(pages / "student.md", student / "README.md")
     (student / "hunt.md").write_text((pages / "hunt.md").read_text() + diagnoses())
-    shutil.copytree(ROOT / "data", student / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    ignored = shutil.ignore_patterns("__pycache__", "comparison.csv")
+    shutil.copytree(ROOT / "data", student / "data", ignore=ignored)
     for file in ("conftest.py", "toys.py", "problems.py", "requirements.txt"):
         shutil.copy(TESTS / file, student / "tests")
     for file in TESTS.glob("test_*.py"):
@@ -444,6 +445,12 @@ def alone(submission: str, name: str) -> str:
     return "\n\n".join([submission, *[parts[problem] for problem in PROBLEMS]])
 
 
+def trouble(case: ElementTree.Element) -> ElementTree.Element | None:
+    """What pytest's report says of a test that did not pass."""
+    failure = case.find("failure")
+    return case.find("error") if failure is None else failure
+
+
 def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, str]:
     """The share of a problem's tests that pass, and the first message of those that do not.
 
@@ -467,15 +474,12 @@ def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, 
                 reason = re.search("cannot be imported: .*", file.read(10_000))
             return 0.0, f"the file {reason[0]}" if reason else "no report: it ended the process"
         cases = list(ElementTree.parse(report).iter("testcase"))
-    bad = [case for case in cases if case.find("failure") is not None]
-    bad += [case for case in cases if case.find("error") is not None]
     if not cases:
         return 0.0, "no test ran"
+    bad = [case for case in cases if trouble(case) is not None]
     if not bad:
         return 1.0, ""
-    found = bad[0].find("failure")
-    found = bad[0].find("error") if found is None else found
-    message = (found.get("message") or "").splitlines() or [""]
+    message = (trouble(bad[0]).get("message") or "").splitlines() or [""]
     return 1 - len(bad) / len(cases), f"{bad[0].get('name')}: {message[0][:300]}"
 
 

@@ -1,7 +1,7 @@
 """The relatives of P3O, on the same pairs and in the same loop: what P3O shares with them, and what
 it leaves out.
 
-The first five are losses for `p3o.train_policy`, with the arguments of `p3o.p3o_loss`: (B, 2)
+The first four are losses for `p3o.train_policy`, with the arguments of `p3o.p3o_loss`: (B, 2)
 log-probs in nats and scores. PPO and offline DPO have loops of their own. As in p3o.py,
 h_i = log π(y_i|x) − log π_ref(y_i|x), ρ_i = π(y_i|x) / π_old(y_i|x); Δ is y_1's minus y_2's.
 """
@@ -46,8 +46,8 @@ def rloo_loss(
     scores: Tensor,
     *,
     beta: float,
-    clip: str = "separate",
     clip_range: float = 0.2,
+    **_: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE leave-one-out with two samples (Ahmadian et al. 2024), clipped as PPO.
 
@@ -69,8 +69,8 @@ def grpo_loss(
     scores: Tensor,
     *,
     beta: float,
-    clip: str = "separate",
     clip_range: float = 0.2,
+    **_: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Group relative policy optimization (Shao et al. 2024), groups of two, whole responses.
 
@@ -98,15 +98,15 @@ def online_dpo_loss(
     scores: Tensor,
     *,
     beta: float,
-    clip: str = "none",
-    clip_range: float = 0.2,
+    **_: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO (Rafailov et al. 2023) on fresh pairs, labelled by the reward model.
 
     −E log σ(β Δh), y_1 preferred with probability σ(Δr), as Bradley-Terry says; the expectation
     over the label is taken exactly. Nothing is clipped, and π_old plays no part.
     """
-    margin = beta * (logprobs - ref_logprobs.detach()).diff()[:, 0].neg()  # (B,): β Δh
+    h = logprobs - ref_logprobs.detach()  # (B, 2)
+    margin = beta * (h[:, 0] - h[:, 1])  # (B,)
     gap = (scores[:, 0] - scores[:, 1]).detach()  # (B,): Δr
     won = torch.sigmoid(gap)  # (B,)
     loss = -(won * F.logsigmoid(margin) + (1 - won) * F.logsigmoid(-margin))  # (B,)
@@ -121,9 +121,8 @@ def rebel_loss(
     scores: Tensor,
     *,
     beta: float,
-    clip: str = "none",
-    clip_range: float = 0.2,
     eta: float = 1.0,
+    **_: object,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """REBEL (Gao et al. 2024): regress the gap of rewards on the move of the policy.
 

@@ -174,7 +174,8 @@ def reward_scores__gather(model, ids, response_mask):
     flat = ids.reshape(-1, ids.shape[-1])
     lengths = response_mask.reshape(flat.shape).long().cumsum(-1)
     last = lengths.argmax(-1)  # the first column where the count is complete
-    hidden = model.base_model(flat).last_hidden_state
+    with mixed_precision:
+        hidden = model.base_model(flat).last_hidden_state
     index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
     return model.score(hidden.gather(1, index)[:, 0]).float().reshape(ids.shape[:-1])
 
@@ -183,14 +184,17 @@ def reward_scores__rows(model, ids, response_mask):
     scores = []
     for row, mask in zip(ids.flatten(0, -2), response_mask.flatten(0, -2), strict=True):
         end = mask.nonzero().max().item() + 1
-        scores.append(model.score(model.base_model(row[None, :end]).last_hidden_state[0, -1]))
+        with mixed_precision:
+            hidden = model.base_model(row[None, :end]).last_hidden_state[0, -1]
+        scores.append(model.score(hidden.float()))
     return torch.cat(scores).float().view(ids.shape[:-1])
 
 
 def reward_scores__flip(model, ids, response_mask):
     mask = response_mask.flatten(0, -2)
     last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    hidden = model.base_model(ids.flatten(0, -2))[0]
+    with mixed_precision:
+        hidden = model.base_model(ids.flatten(0, -2))[0]
     return F.linear(hidden[last].float(), model.score.weight.float()).view(ids.shape[:-1])
 
 
@@ -330,7 +334,7 @@ def set_gain__all_at_once(model, policy, prompts, cfg):
     gaps = reward_scores(model, ids, mask).diff()
     rms = gaps.norm().item() / math.sqrt(len(gaps))
     if rms == 0 or not math.isfinite(rms):
-        raise FloatingPointError("the scores are all alike")
+        raise FloatingPointError("the scores are all alike; try another --reward-lr")
     model.score.weight /= rms
     return 1 / rms
 
@@ -341,7 +345,7 @@ def set_gain__one_by_one(model, policy, prompts, cfg):
         r = reward_scores(model, *sample(policy, [prompt], 2, cfg.response_tokens))
         squares += (r[0, 0].double() - r[0, 1].double()).item() ** 2
     if not squares > 0:
-        raise FloatingPointError("the scores are all alike")
+        raise FloatingPointError("the scores are all alike; try another --reward-lr")
     factor = (len(prompts) / squares) ** 0.5
     model.score.weight.data *= factor
     return factor
@@ -355,7 +359,7 @@ def set_gain__by_variance(model, policy, prompts, cfg):
         variances.append(reward_scores(model, ids, mask).var(1, correction=0))
     deviation = torch.cat(variances).mean().sqrt().item()
     if not 0 < deviation < float("inf"):
-        raise FloatingPointError("the scores are all alike")
+        raise FloatingPointError("the scores are all alike; try another --reward-lr")
     factor = 0.5 / deviation
     model.score.weight.copy_(model.score.weight * factor)
     return factor

@@ -137,9 +137,18 @@ WRONG = [
     Wrong(
         "the mean over the response",
         "reward_scores__rows",
-        "model.base_model(row[None, :end]).last_hidden_state[0, -1]",
-        "model.base_model(row[None, :end]).last_hidden_state[0][mask[:end]].mean(0)",
+        "last_hidden_state[0, -1]",
+        "last_hidden_state[0][mask[:end]].mean(0)",
         "library",
+    ),
+    Wrong(
+        "the head in bf16, too",
+        "reward_scores__gather",
+        "    return model.score(hidden.gather(1, index)[:, 0]).float()",
+        "    with mixed_precision:\n"
+        "        scores = model.score(hidden.gather(1, index)[:, 0])\n"
+        "    return scores.float()",
+        "in float32",
     ),
     # ---- 5
     Wrong(
