@@ -1,8 +1,17 @@
 """The comparison's bookkeeping; what its runs are made of is tested with the relatives."""
 
+import functools
+from types import SimpleNamespace
+
 import compare
+import draw
+import matplotlib.pyplot as plt
+import numpy
 import pandas
 import pytest
+import torch
+
+import p3o
 
 
 def row(**changes) -> dict:
@@ -56,15 +65,124 @@ def test_an_interval_is_students_over_seeds():
     assert half == pytest.approx(2.78 * 1.5811 / 5**0.5, rel=1e-3)
 
 
+ROWS_OF_THE_TUNING = [row(method=method) for method in compare.METHODS]
+
+
+def trials_of(part: str) -> list:
+    return compare.trials(part, pandas.DataFrame(ROWS_OF_THE_TUNING), (5, 6))
+
+
+def test_each_part_changes_one_thing_and_makes_as_many_updates():
+    tuned = dict(beta=compare.BETA, lr=1e-3, knob=0.2, epochs=2, iterations=80, offset=0.0)
+    changed = {"frontier": "beta", "rate": "lr", "staleness": "epochs", "offset": "offset"}
+    for part, name in changed.items():
+        for trial in trials_of(part):
+            fields = trial._asdict()
+            different = {key for key, value in tuned.items() if fields[key] != value}
+            assert different <= {name, "iterations"}
+            assert trial.epochs * trial.iterations == 160
+    assert {t.lr for t in trials_of("rate")} == {1e-3 * factor for factor in compare.RATES}
+    assert {t.seed for t in trials_of("rate")} == {5, 6}
+    assert {t.iterations for t in trials_of("gaming")} == {240}
+    offsets = {t.method: set() for t in trials_of("offset")}
+    for trial in trials_of("offset"):
+        offsets[trial.method].add(trial.offset)
+    assert offsets["PPO"] == {1, 3, 10}
+    assert offsets["V2"] == {10}
+    assert "DPO" not in offsets, "it sees no score"
+
+
+def test_few_preferences_are_shared_out_alike_at_each_ways_own_beta():
+    rows = []
+    for method, best in zip(compare.JOINT, compare.JOINT_BETAS, strict=True):
+        for beta in compare.JOINT_BETAS:
+            base = dict(part="joint tuning", method=method, beta=beta)
+            rows.append(row(**base, gold=6.0 if beta == best else 5.0))
+    trials = compare.trials("joint", pandas.DataFrame(rows), (5,))
+    for method, best in zip(compare.JOINT, compare.JOINT_BETAS, strict=True):
+        mine = [trial for trial in trials if trial.method == method]
+        assert [trial.knob for trial in mine] == list(compare.SHARES)
+        assert {trial.beta for trial in mine} == {best}
+
+
+@pytest.mark.parametrize("method", compare.LOSSES)
+def test_each_method_trains_with_its_own_loss_clip_and_offset(method, monkeypatch):
+    calls = []
+    monkeypatch.setattr(p3o, "train_policy", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(p3o, "reward_scores", lambda model, ids, mask: torch.zeros(mask.shape[:-1]))
+    trial = compare.Trial("offset", method, 5, 0.3, 1e-3, 0.7, epochs=4, iterations=40, offset=3.0)
+    compare.train(trial, "policy", "sft", "reward", [SimpleNamespace(prompt=[7])], "log")
+    ((policy, reference, score, prompts, cfg, log), options) = calls[0]
+    assert (policy, reference, prompts, log) == ("policy", "sft", [[7]], "log")
+    loss = options["loss_fn"]
+    if method == "REBEL":
+        assert loss.keywords == {"eta": 0.7}
+        loss = loss.func
+    assert loss is compare.LOSSES[method]
+    assert cfg.clip == ("separate" if method == "V1" else "joint")
+    assert cfg.clip_range == (0.2 if method in ("online DPO", "REBEL") else 0.7)
+    assert cfg.beta == (0.6 if method == "GRPO" else 0.3)
+    assert (cfg.lr, cfg.inner_epochs, cfg.iterations, cfg.seed) == (1e-3, 4, 40, 5)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    inside = torch.tensor([[False, False, True, True]])
+    assert torch.equal(score(ids, inside), compare.offset_of(ids, inside, 3.0))
+
+
+def test_ppo_and_dpo_have_loops_of_their_own(monkeypatch):
+    calls = []
+    for name in ("train_ppo", "train_dpo"):
+        spy = functools.partial(lambda name, *args, **options: calls.append((name, options)), name)
+        monkeypatch.setattr(compare.relatives, name, spy)
+    for method in ("PPO", "DPO"):
+        trial = compare.Trial("tuning", method, 5, 0.3, 1e-3, 0.7)
+        compare.train(trial, "policy", "sft", "reward", [SimpleNamespace(prompt=[7])], "log")
+    assert calls == [("train_ppo", {"gae_lambda": 0.7}), ("train_dpo", {})]
+
+
+def test_the_offset_is_the_prompts_and_has_the_spread_asked_for():
+    torch.manual_seed(0)
+    ids = torch.randint(600, (4000, 2, 12))
+    ids[:, 1, :6] = ids[:, 0, :6]  # a pair has one prompt
+    inside = (torch.arange(12) >= 6).expand_as(ids)
+    offsets = compare.offset_of(ids, inside, 3.0)  # (4000, 2)
+    assert torch.equal(offsets[:, 0], offsets[:, 1])
+    assert offsets[:, 0].std() == pytest.approx(3.0, rel=0.05)
+    assert abs(offsets.mean()) < 0.2
+
+
+def test_the_pipeline_sees_its_share_of_the_preferences_and_aihf_all_demonstrations(monkeypatch):
+    seen = []
+
+    def train_reward(model, preferences, cfg, log):
+        seen.append((len(preferences), cfg.epochs))
+
+    def train_jointly(policy, sft, reward, demonstrations, preferences, cfg, log, exact):
+        seen.append((len(demonstrations), len(preferences), exact))
+
+    model = SimpleNamespace(score=torch.nn.Linear(2, 1, bias=False))
+    monkeypatch.setattr(p3o, "load", lambda *_, **__: model)
+    monkeypatch.setattr(p3o, "train_reward", train_reward)
+    monkeypatch.setattr(p3o, "set_gain", lambda *_: 1.0)
+    monkeypatch.setattr(p3o, "train_policy", lambda *_: None)
+    monkeypatch.setattr(compare.relatives, "train_jointly", train_jointly)
+    examples = [SimpleNamespace(prompt=[i]) for i in range(400)]
+    for method in compare.JOINT:
+        trial = compare.Trial("joint", method, 5, 0.1, 2e-3, 0.1)
+        compare.train_on_few(trial, "policy", "sft", compare.PIPELINES, examples, "log")
+    # 80 iterations of two passes over 64 pairs, 32 an update, are 320 updates of 32 rows
+    assert seen == [(40, 2), (40, 256), (400, 40, True), (400, 40, False)]
+    assert not model.score.weight.any(), "AIHF's reward starts at 0"
+
+
 def frontier() -> pandas.DataFrame:
-    """V2 reaches gold = KL, PPO one less; of three answers each wins one."""
+    """V2 reaches gold = KL, PPO one less; of three answers V2 wins two."""
     rows = []
     for seed in (0, 1):
         for beta, kl in ((0.2, 1.0), (0.1, 2.0), (0.05, 4.0)):
             base = dict(part="frontier", seed=seed, beta=beta, kl=kl)
             rows.append(row(**base, gold=kl, points="nnn"))
-            rows.append(row(**base, gold=kl - 1, points="mno", method="PPO"))
-    return pandas.DataFrame(rows)
+            rows.append(row(**base, gold=kl - 1, points="mnm", method="PPO"))
+    return pandas.DataFrame(rows[::-1])
 
 
 def test_methods_are_compared_at_the_same_kl():
@@ -73,14 +191,71 @@ def test_methods_are_compared_at_the_same_kl():
     assert gaps["V2"] == [0, 0]
 
 
-def test_head_to_head_is_on_the_same_prompts_and_a_tie_is_half():
-    wins = compare.head_to_head(frontier(), 2.0)
-    assert wins["V2", "PPO"] == [0.5, 0.5]  # a win, a tie, a loss
+def test_head_to_head_is_on_the_same_prompts_at_the_nearest_kl_and_a_tie_is_half():
+    rows = frontier()
+    rows.loc[rows.kl != 2.0, "points"] = "aaa"
+    wins = compare.head_to_head(rows, 2.1)
+    assert wins["V2", "PPO"] == pytest.approx([5 / 6, 5 / 6])  # two wins and a tie
+    assert wins["PPO", "V2"] == pytest.approx([1 / 6, 1 / 6])
     assert wins["V2", "V2"] == [0.5, 0.5]
+
+
+def all_parts() -> pandas.DataFrame:
+    """Rows of each part, three seeds; each method's rate is tuned to 1e-3."""
+    rows = list(ROWS_OF_THE_TUNING)
+    changes = [dict(part="frontier", beta=beta, kl=0.2 / beta) for beta in compare.BETAS]
+    changes += [dict(part="rate", lr=1e-3 * factor) for factor in compare.RATES]
+    changes += [dict(part="staleness", epochs=epochs) for epochs in compare.EPOCHS]
+    changes += [dict(part="offset", offset=offset) for offset in compare.OFFSETS]
+    changes += [dict(part="gaming", curve="1.0 0.5 4.0 2.0 1.0 5.0 9.0 2.0 3.0")]
+    for seed in range(3):
+        for method in compare.METHODS:
+            for change in changes[: len(compare.BETAS)] if method == "DPO" else changes:
+                score = 1 + 0.1 * seed - (change["part"] == "offset")
+                rows.append(row(method=method, seed=seed, points="mnm", score=score, **change))
+        for method in compare.JOINT:
+            for share in compare.SHARES:
+                rows.append(row(part="joint", method=method, seed=seed, knob=share))
+    return pandas.DataFrame(rows)
+
+
+def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():
+    found = compare.change(all_parts(), "offset", "offset", 10.0)
+    assert found["PPO"] == pytest.approx([-1, -1, -1])
+    assert compare.change(all_parts(), "rate", "factor", 8)["V2"] == pytest.approx([0, 0, 0])
+
+
+def test_the_pictures_show_each_method_with_its_values():
+    rows = all_parts()
+    for picture, points in (
+        (draw.frontier, len(compare.BETAS)),
+        (draw.sensitivity, len(compare.RATES) + 1),
+    ):
+        figure = picture(rows)
+        lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+        assert set(lines) == set(compare.METHODS) - ({"DPO"} if points == 4 else set())
+        assert len(lines["V2"].get_xdata()) == points
+        plt.close(figure)
+    xs = list(lines["V2"].get_xdata())
+    assert xs == [0.25, 1, 4, 8]
+    figure = draw.head_to_head(rows)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert len(texts) == len(compare.METHODS) ** 2
+    assert "0.50\n±0.00" in texts
+    plt.close(figure)
+    figure = draw.gaming(rows)
+    line = figure.axes[0].get_lines()[0]
+    assert numpy.allclose(line.get_xydata(), [[0.5, 4], [1, 5], [2, 3]])
+    plt.close(figure)
+    figure = draw.joint(rows)
+    assert len(figure.axes[0].get_lines()) == len(compare.JOINT)
+    plt.close(figure)
 
 
 def test_what_the_rows_say_is_shown_for_any_part(capsys):
     compare.show(compare.read_rows())
     assert "tuned" in capsys.readouterr().out
-    compare.show(frontier()[lambda rows: rows.method == "V2"])
-    assert "frontier: gold" in capsys.readouterr().out
+    compare.show(all_parts())
+    printed = capsys.readouterr().out
+    for title in ("frontier: gold", "rate:", "staleness:", "offset:", "long run", "preferences"):
+        assert title in printed

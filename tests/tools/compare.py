@@ -128,6 +128,9 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
     )
     if trial.method in ("V2", "V1", "RLOO", "GRPO"):
         options["clip_range"] = trial.knob
+    if trial.method == "GRPO":
+        # its two advantages differ by 2 in every pair, scores by about 1 at first: β in that unit
+        options["beta"] = 2 * trial.beta
     cfg = p3o.Config(**p3o.SMALL | options, clip="separate" if trial.method == "V1" else "joint")
     prompts = [example.prompt for example in examples]
 
@@ -278,7 +281,7 @@ def tuned_betas(rows: pandas.DataFrame) -> dict[str, float]:
     """
     rows = rows[rows.part == "joint tuning"]
     means = rows.gold.groupby([rows.method, rows.beta]).mean()
-    return dict(means.groupby("method").idxmax())
+    return {method: beta for method, beta in means.groupby("method").idxmax()}
 
 
 def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
@@ -363,6 +366,37 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
+def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:
+    """A part's rows, with what each method `reached` and its learning rate's `factor`.
+
+    Rate, staleness and offset have the frontier's run at BETA in their middle.
+    """
+    best = {method: lr for method, (lr, _) in tuned(rows).items()}
+    found = rows.part == part
+    if part in ("rate", "staleness", "offset"):
+        found |= (rows.part == "frontier") & (rows.beta == BETA) & (rows.method != "DPO")
+    rows = rows[found]
+    factor = (rows.lr / rows.method.map(best)).round(4)
+    return rows.assign(reached=reached(rows), factor=factor)
+
+
+def change(rows: pandas.DataFrame, part: str, column: str, value: float) -> dict[str, list]:
+    """What each method reached at a value of `column`, less what it reached at BETA as tuned.
+
+    Seed by seed.
+    """
+    rows = part_of(rows, part)
+    found = {}
+    for method in METHODS:
+        mine = rows[rows.method == method]
+        base = mine[mine.part == "frontier"].set_index("seed").reached
+        there = mine[(mine.part == part) & (mine[column] == value)].set_index("seed").reached
+        gaps = (there - base).dropna()
+        if len(gaps):
+            found[method] = list(gaps)
+    return found
+
+
 def at_kl(rows: pandas.DataFrame, kl: float, figure: str) -> float:
     """A figure on a seed's frontier at this KL, between the two nearest β."""
     rows = rows.sort_values("kl")
@@ -402,48 +436,63 @@ def head_to_head(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, str], lis
     return wins
 
 
-def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> pandas.DataFrame:
+def course(rows: pandas.DataFrame, method: str) -> numpy.ndarray:
+    """Of the long run, KL, score and gold reward every 40 iterations: (seeds, points, 3)."""
+    rows = rows[(rows.part == "gaming") & (rows.method == method)]
+    curves = [[float(value) for value in curve.split()] for curve in rows.curve]
+    return numpy.array(curves).reshape(len(curves), -1, 3) if curves else numpy.empty((0, 0, 3))
+
+
+def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> str:
     """Mean and half-width over seeds of a figure, a row a method, a column a value of `column`."""
-    rows = rows[rows.part == part]
-    rows = rows.assign(reached=reached(rows))
+    rows = part_of(rows, part)
     table = {}
-    for method in METHODS:
+    for method in dict.fromkeys([*METHODS, *JOINT]):
         cells = {}
         for value, found in rows[rows.method == method].groupby(column):
             mean, half = interval(found[figure])
             cells[value] = f"{mean:6.2f} ± {half:.2f}"
-        table[method] = cells
-    return pandas.DataFrame(table).T
+        if cells:
+            table[method] = cells
+    return pandas.DataFrame(table).T.fillna("").sort_index(axis=1).to_string()
 
 
 def show(rows: pandas.DataFrame) -> None:
     """Print the tables of the parts that have rows."""
     have = set(rows.part)
-    if "tuning" in have:
-        print("tuned: learning rate; ε, η or λ; score − β KL there")
-        tuning = rows[rows.part == "tuning"]
-        for method, (lr, knob) in tuned(rows).items():
-            here = tuning[(tuning.method == method) & (tuning.lr == lr) & (tuning.knob == knob)]
-            print(f"  {method:11}{lr:10g}{knob:8g}{reached(here).mean():8.3f}")
+    print("tuned: learning rate; ε, η or λ; score − β KL there")
+    tuning = rows[rows.part == "tuning"]
+    for method, (lr, knob) in tuned(rows).items():
+        here = tuning[(tuning.method == method) & (tuning.lr == lr) & (tuning.knob == knob)]
+        print(f"  {method:11}{lr:10g}{knob:8g}{reached(here).mean():8.3f}")
     if "frontier" in have:
-        for figure in ("kl", "gold", "win_rate", "reached"):
+        for figure in ("kl", "score", "gold", "win_rate", "reached"):
             print(f"\nfrontier: {figure} by β")
-            print(by(rows, "frontier", "beta", figure).to_string())
+            print(by(rows, "frontier", "beta", figure))
         for kl in (1.0, 2.0, 4.0):
-            print(f"\ngold reward above V2's at a KL of {kl:g}")
-            for method, gaps in frontier_gaps(rows, kl).items():
-                mean, half = interval(gaps)
-                print(f"  {method:11}{mean:+7.2f} ± {half:.2f}")
-    best = {method: lr for method, (lr, _) in tuned(rows).items()}
-    rows = rows.assign(factor=(rows.lr / rows.method.map(best)).round(4))
+            print(f"\nat a KL of {kl:g}, above V2 in score and in gold reward")
+            scores = frontier_gaps(rows, kl, "score")
+            for method, golds in frontier_gaps(rows, kl).items():
+                score, score_half = interval(scores[method])
+                gold, gold_half = interval(golds)
+                print(
+                    f"  {method:11}{score:+7.2f} ± {score_half:.2f}{gold:+9.2f} ± {gold_half:.2f}"
+                )
     for part, column in (("rate", "factor"), ("staleness", "epochs"), ("offset", "offset")):
         if part in have:
             print(f"\n{part}: score − β KL by {column}")
-            print(by(rows, part, column, "reached").to_string())
+            print(by(rows, part, column, "reached"))
+    if "gaming" in have:
+        print("\na long run at β = 0.025: KL, score and gold reward every 40 iterations")
+        for method in METHODS:
+            curves = course(rows, method)
+            if len(curves):
+                points = [" ".join(f"{v:.2f}" for v in point) for point in curves.mean(0)]
+                print(f"  {method:11}" + ", ".join(points))
     if "joint" in have:
-        print("\nfew preferences: gold reward by their share")
-        joint = rows[rows.part == "joint"]
-        print(joint.pivot_table(index="method", columns="knob", values="gold").round(2).to_string())
+        for figure in ("gold", "kl"):
+            print(f"\nfew preferences: {figure} by their share")
+            print(by(rows, "joint", "knob", figure))
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The comparison's pictures, from the rows of data/comparison.csv; each says one thing.
+"""The comparison's pictures, from the rows of data/comparison.csv.
 
-python tests/tools/draw.py .github/frontier.svg     # the README's
+python tests/tools/draw.py .github/comparison.svg     # the README's
 """
 
 import argparse
@@ -29,67 +29,81 @@ COLORS = {
     "DPO": "#8a8a8a",
 }
 LINES = {"V2": "-", "V1": "-", "PPO": "-", "DPO": ":"}  # of the others: dashed
+JOINT_COLORS = dict(zip(compare.JOINT, ("#222222", "#8a8a8a", "#c8553d", "#e8a33d"), strict=True))
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "p3o",  # the same bytes each time
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
 }
 
 
-def curve(axis: Axes, rows: pandas.DataFrame, method: str, x: str, y: str, column: str) -> None:
-    """Means over seeds of y against x, a point a value of `column`, with a 95 % band of y."""
-    xs, ys, halves = [], [], []
-    for _, found in rows[rows.method == method].groupby(column):
-        mean, half = compare.interval(found[y])
-        xs.append(found[x].mean())
-        ys.append(mean)
-        halves.append(half if math.isfinite(half) else 0)
-    order = sorted(range(len(xs)), key=xs.__getitem__)
-    xs, ys, halves = ([values[i] for i in order] for values in (xs, ys, halves))
-    width = 2.2 if method == "V2" else 1.4
-    style = LINES.get(method, "--")
-    axis.plot(xs, ys, style, color=COLORS[method], linewidth=width, marker=".", label=method)
-    low = [value - half for value, half in zip(ys, halves, strict=True)]
-    high = [value + half for value, half in zip(ys, halves, strict=True)]
-    axis.fill_between(xs, low, high, color=COLORS[method], alpha=0.1, linewidth=0)
+def line(axis: Axes, name: str, xs: list[float], samples: list[list[float]]) -> None:
+    """Means over seeds, a point an x, with the 95 % band."""
+    color = (COLORS | JOINT_COLORS)[name]
+    width = 2.2 if name == "V2" else 1.3
+    style = LINES.get(name, "--")
+    means, halves = zip(*map(compare.interval, samples), strict=True)
+    axis.plot(xs, means, style, color=color, linewidth=width, marker=".", label=name)
+    if all(map(math.isfinite, halves)):
+        low = [mean - half for mean, half in zip(means, halves, strict=True)]
+        high = [mean + half for mean, half in zip(means, halves, strict=True)]
+        axis.fill_between(xs, low, high, color=color, alpha=0.1, linewidth=0)
 
 
-def frontier(rows: pandas.DataFrame, figures: tuple[str, ...] = ("gold", "score")) -> Figure:
-    """Reward against KL, a point for each β."""
-    rows = rows[rows.part == "frontier"]
-    figure, axes = plt.subplots(1, len(figures), figsize=(4.5 * len(figures), 3.6), squeeze=False)
-    labels = {"gold": "gold reward, nats", "score": "score of the reward model"}
-    for axis, name in zip(axes[0], figures, strict=True):
+def legend(figure: Figure, axis: Axes) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", frameon=False)
+
+
+def frontier(rows: pandas.DataFrame) -> Figure:
+    """Gold reward and score against KL, a point for each β."""
+    rows = compare.part_of(rows, "frontier")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    titles = {
+        "score": "What they climb: the reward model's score",
+        "gold": "What is meant: the gold reward",
+    }
+    for axis, name in zip(axes, titles, strict=True):
         for method in compare.METHODS:
-            curve(axis, rows, method, "kl", name, "beta")
-        axis.set(xlabel="KL to SFT, nats", ylabel=labels[name], xscale="log")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
+            kls, samples = [], []
+            for _, found in rows[rows.method == method].groupby("beta", sort=False):
+                kls.append(found.kl.mean())
+                samples.append(list(found[name]))
+            if kls:
+                line(axis, method, kls, samples)
+        axis.set(xlabel="KL to SFT, nats", ylabel="nats" if name == "gold" else "score")
+        axis.set_xscale("log")
+        axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.set_title(titles[name], loc="left", fontsize=10)
+    legend(figure, axes[0])
     return figure
 
 
 def sensitivity(rows: pandas.DataFrame) -> Figure:
-    """What is left of score − β KL, away from the tuned rate, on stale samples, under an offset."""
-    rows = rows.assign(reached=compare.reached(rows))
-    best = {method: lr for method, (lr, _) in compare.tuned(rows).items()}
-    rows = rows.assign(factor=rows.lr / rows.method.map(best))
+    """Score − β KL away from the tuned rate, on stale samples, under an offset."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
-    for axis, part, column, label in (
-        (axes[0], "rate", "factor", "learning rate, times the tuned one"),
-        (axes[1], "staleness", "epochs", "passes over the same samples"),
-        (axes[2], "offset", "offset", "standard deviation of δ(x)"),
+    for axis, part, column, label, title in (
+        (axes[0], "rate", "factor", "learning rate, times the tuned one", "Too high a rate"),
+        (axes[1], "staleness", "epochs", "passes over the same samples", "Stale samples"),
+        (axes[2], "offset", "offset", "standard deviation of δ(x)", "Reward + δ(x)"),
     ):
+        found = compare.part_of(rows, part)
         for method in compare.METHODS:
-            found = rows[rows.part == part].round({"factor": 4})
-            curve(axis, found, method, column, "reached", column)
+            mine = found[found.method == method].groupby(column).reached
+            if len(mine):
+                line(axis, method, list(mine.groups), [list(values) for _, values in mine])
         axis.set_xlabel(label)
-        axis.set_xscale("symlog" if part == "offset" else "log", base=2)
+        axis.set_title(title, loc="left", fontsize=10)
+        if part == "offset":
+            axis.set_xscale("symlog", linthresh=1)
+        else:
+            axis.set_xscale("log", base=2)
     axes[0].set_ylabel("score − β KL")
-    axes[0].set_ylim(-1, None)
-    axes[2].legend(fontsize=8)
-    figure.tight_layout()
+    axes[0].set_ylim(bottom=-1)
+    legend(figure, axes[0])
     return figure
 
 
@@ -97,7 +111,7 @@ def head_to_head(rows: pandas.DataFrame, kl: float = 2.0) -> Figure:
     """How often a method's answer beats another's to the same prompt, at about the same KL."""
     wins = compare.head_to_head(rows, kl)
     methods = list(compare.METHODS)
-    figure, axis = plt.subplots(figsize=(6, 5))
+    figure, axis = plt.subplots(figsize=(6.4, 5.2))
     means = [[statistics.mean(wins[a, b]) for b in methods] for a in methods]
     axis.imshow(means, cmap="RdBu", vmin=0.3, vmax=0.7)
     for i, a in enumerate(methods):
@@ -107,8 +121,38 @@ def head_to_head(rows: pandas.DataFrame, kl: float = 2.0) -> Figure:
             axis.text(j, i, text, ha="center", va="center", fontsize=7)
     axis.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
     axis.set_yticks(range(len(methods)), methods)
-    axis.set_title(f"win rate of the row over the column, at a KL near {kl:g} nats", fontsize=9)
-    figure.tight_layout()
+    axis.set_title(f"Win rate of the row over the column, KL near {kl:g} nats", fontsize=10)
+    return figure
+
+
+def gaming(rows: pandas.DataFrame) -> Figure:
+    """Gold reward against score along a long run at a low β; a ring marks the end."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    for method in compare.METHODS:
+        curves = compare.course(rows, method)  # (seeds, points, 3)
+        if len(curves):
+            _, scores, golds = curves.mean(0).T  # (points,) each
+            style = LINES.get(method, "--")
+            axis.plot(scores, golds, style, color=COLORS[method], marker=".", label=method)
+            axis.plot(scores[-1], golds[-1], "o", color=COLORS[method], fillstyle="none")
+    axis.set(xlabel="score of the reward model", ylabel="gold reward, nats")
+    axis.set_title("The score goes on rising, the gold reward does not", loc="left", fontsize=10)
+    legend(figure, axis)
+    return figure
+
+
+def joint(rows: pandas.DataFrame) -> Figure:
+    """Gold reward by the share of the preferences: stage after stage, and both at once."""
+    rows = compare.part_of(rows, "joint")
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    for name in compare.JOINT:
+        mine = rows[rows.method == name].groupby("knob").gold
+        if len(mine):
+            line(axis, name, list(mine.groups), [list(values) for _, values in mine])
+    axis.set(xlabel="share of the 12,000 preferences", ylabel="gold reward, nats", xscale="log")
+    axis.set_xticks(compare.SHARES, [f"{share:.0%}" for share in compare.SHARES], minor=False)
+    axis.set_title("Reward and policy learned at once, when preferences are scarce", loc="left")
+    legend(figure, axis)
     return figure
 
 
