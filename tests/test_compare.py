@@ -1,6 +1,7 @@
 """The comparison's bookkeeping; what its runs are made of is tested with the relatives."""
 
 import functools
+import statistics
 from types import SimpleNamespace
 
 import compare
@@ -10,6 +11,7 @@ import numpy
 import pandas
 import pytest
 import torch
+from toys import status
 
 import p3o
 
@@ -179,9 +181,10 @@ def frontier() -> pandas.DataFrame:
     rows = []
     for seed in (0, 1):
         for beta, kl in ((0.2, 1.0), (0.1, 2.0), (0.05, 4.0)):
-            base = dict(part="frontier", seed=seed, beta=beta, kl=kl)
-            rows.append(row(**base, gold=kl, points="nnn"))
-            rows.append(row(**base, gold=kl - 1, points="mnm", method="PPO"))
+            base = dict(part="frontier", seed=seed, beta=beta)
+            rows.append(row(**base, kl=kl, gold=kl, points="nnn"))
+            ppo = dict(kl=1.2 * kl, gold=1.2 * kl - 1, points="mnm")
+            rows.append(row(**base, **ppo, method="PPO"))
     return pandas.DataFrame(rows[::-1])
 
 
@@ -193,11 +196,57 @@ def test_methods_are_compared_at_the_same_kl():
 
 def test_head_to_head_is_on_the_same_prompts_at_the_nearest_kl_and_a_tie_is_half():
     rows = frontier()
-    rows.loc[rows.kl != 2.0, "points"] = "aaa"
+    rows.loc[rows.beta != 0.1, "points"] = "aaa"
     wins = compare.head_to_head(rows, 2.1)
     assert wins["V2", "PPO"] == pytest.approx([5 / 6, 5 / 6])  # two wins and a tie
     assert wins["PPO", "V2"] == pytest.approx([1 / 6, 1 / 6])
     assert wins["V2", "V2"] == [0.5, 0.5]
+
+
+@pytest.fixture
+def few(tiny, quick, out, rows, monkeypatch):
+    """The comparison on a pipeline of a second's training, and few prompts."""
+    assert status(quick) == 0
+    monkeypatch.setattr(compare, "pipeline", lambda seed: out)
+    monkeypatch.setattr(p3o, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
+    monkeypatch.setattr(compare, "EVALUATED", 12)
+    compare.start_of.cache_clear()
+    yield
+    compare.start_of.cache_clear()
+
+
+def test_a_run_is_judged_against_its_own_sft_model(few):
+    """A policy that was not trained is the SFT model, and says the same."""
+    trial = compare.Trial("frontier", "V2", 5, 0.1, 0.0, 0.2, iterations=1)
+    found = compare.run(trial)
+    assert found["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["win_rate"] == 0.5
+    golds = [1.5 * (ord(letter) - ord("m")) for letter in found["points"]]
+    assert len(golds) == 12
+    assert statistics.mean(golds) == pytest.approx(found["gold"], abs=1e-3)
+    assert {key: found[key] for key in trial._fields} == trial._asdict()
+    assert found["curve"] == ""
+
+
+def test_a_long_runs_course_and_its_end_are_of_the_trained_policy(few, monkeypatch):
+    monkeypatch.setattr(compare, "WATCHED_EVERY", 1)
+    found = compare.run(compare.Trial("gaming", "V2", 5, 0.0, 5e-3, 0.2, iterations=2))
+    first, *_, kl, score, gold = map(float, found["curve"].split())
+    assert kl != first > 0
+    assert (kl, score, gold) == pytest.approx(
+        (found["kl"], found["score"], found["gold"]), abs=2e-3
+    )
+    assert found["points"] == ""
+    again = compare.run(compare.Trial("frontier", "V2", 5, 0.0, 5e-3, 0.2, iterations=2))
+    assert again["kl"] == found["kl"], "watching it changes no sample"
+
+
+def test_a_run_that_diverges_is_judged_as_it_ended(few, monkeypatch):
+    def diverge(*_, **__):
+        raise FloatingPointError("NaN")
+
+    monkeypatch.setattr(p3o, "train_policy", diverge)
+    assert compare.run(compare.Trial("rate", "V2", 5, 0.1, 9.0, 0.2))["win_rate"] == 0.5
 
 
 def all_parts() -> pandas.DataFrame:

@@ -54,6 +54,7 @@ RATES = (0.25, 4, 8)  # times the tuned one
 EPOCHS = (1, 4, 16)  # on the same samples, with as many updates in all
 OFFSETS = (1, 3, 10)  # standard deviation of δ(x); methods that see pairs get only the last
 EVALUATED = 256  # held-out prompts
+WATCHED_EVERY = 40  # iterations of the long run
 LOSSES = {
     "V2": p3o.p3o_loss,
     "V1": p3o.p3o_loss,
@@ -219,7 +220,7 @@ def run(trial: Trial) -> dict:
     curve = []
 
     def log(step: int, row: dict) -> None:
-        if trial.part == "gaming" and (step + 1) % 40 == 0:
+        if trial.part == "gaming" and (step + 1) % WATCHED_EVERY == 0:
             state = torch.get_rng_state()
             now = answer_all(policy, sft, reward_model, tokenizer, heldout)
             torch.set_rng_state(state)
