@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import compare
@@ -59,6 +60,44 @@ def test_a_written_row_is_read_again_as_the_same_trial(tmp_path, monkeypatch):
     found = compare.read_rows(tmp_path / "rows.csv").to_dict("records")
     assert len(found) == 2
     assert compare.key_of(found[0]) == compare.key_of(trial._asdict())
+
+
+class Here(ThreadPoolExecutor):
+    """As the pool of processes, but in this one."""
+
+    def __init__(self, workers, context):
+        super().__init__(1)
+
+
+def test_a_stopped_comparison_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    """The tuning comes first, since the rest is made of it; then seed after seed."""
+    monkeypatch.setattr(compare, "ROWS", tmp_path / "rows.csv")
+    monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(compare, "pipeline", lambda seed: None)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    ran = []
+
+    def run(trial):
+        if len(ran) == 170:
+            raise KeyboardInterrupt
+        ran.append(trial)
+        return row(**trial._asdict())
+
+    monkeypatch.setattr(compare, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_all(("frontier", "tuning"), (0, 1))
+    assert {trial.part for trial in ran[:160]} == {"tuning"}
+    written = len(compare.read_rows())
+    assert written >= 160
+    ran.clear()
+    compare.run_all(("frontier", "tuning"), (0, 1))
+    total = 160 + 2 * len(compare.METHODS) * len(compare.BETAS)
+    assert len(ran) == total - written
+    rows = compare.read_rows().to_dict("records")
+    assert len({compare.key_of(row) for row in rows}) == len(rows) == total
+    ran.clear()
+    compare.run_all(("frontier", "tuning"), (0, 1))
+    assert ran == []
 
 
 def test_an_interval_is_students_over_seeds():

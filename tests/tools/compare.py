@@ -249,8 +249,9 @@ def run(trial: Trial) -> dict:
 
 
 # ---- All runs ----------------------------------------------------------------------------
-def read_rows(path: Path = ROWS) -> pandas.DataFrame:
+def read_rows(path: Path | None = None) -> pandas.DataFrame:
     """The rows so far."""
+    path = path or ROWS
     if not path.exists():
         return pandas.DataFrame(columns=[*Trial._fields, *FIGURES])
     return pandas.read_csv(path, keep_default_na=False)
@@ -332,12 +333,12 @@ def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
     later = [part for part in PARTS if part in parts and "tuning" not in part]
     steps += [(part, (seed,)) for seed in seeds for part in later]
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        needed = [*seeds, *TUNING_SEEDS]
+        list(tqdm(pool.map(pipeline, needed), "pipelines", len(needed)))
         for part, some in steps:
             rows = read_rows()
             done = {key_of(row) for row in rows.to_dict("records")}
             todo = [t for t in trials(part, rows, some) if key_of(t._asdict()) not in done]
-            needed = sorted({trial.seed for trial in todo})
-            list(pool.map(pipeline, needed))
             futures = [pool.submit(run, trial) for trial in todo]
             name = part if "tuning" in part else f"{part}, seed {some[0]}"
             for future in tqdm(as_completed(futures), name, len(futures)):
