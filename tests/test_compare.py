@@ -124,7 +124,7 @@ def test_each_part_changes_one_thing_and_makes_as_many_updates():
             assert trial.epochs * trial.iterations == 160
     assert {t.lr for t in trials_of("rate")} == {1e-3 * factor for factor in compare.RATES}
     assert {t.seed for t in trials_of("rate")} == {5, 6}
-    assert {t.iterations for t in trials_of("gaming")} == {240}
+    assert {(t.iterations, t.beta, t.lr) for t in trials_of("gaming")} == {(240, 0.025, 1e-3)}
     offsets = {t.method: set() for t in trials_of("offset")}
     for trial in trials_of("offset"):
         offsets[trial.method].add(trial.offset)
@@ -310,22 +310,30 @@ def all_parts() -> pandas.DataFrame:
 def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():
     found = compare.change(all_parts(), "offset", "offset", 10.0)
     assert found["PPO"] == pytest.approx([-1, -1, -1])
-    assert compare.change(all_parts(), "rate", "factor", 8)["V2"] == pytest.approx([0, 0, 0])
+    assert compare.change(all_parts(), "rate", "lr", 8e-3)["V2"] == pytest.approx([0, 0, 0])
+
+
+def test_the_table_has_each_difference_with_its_interval():
+    *_, ppo, dpo = compare.summary(all_parts()).splitlines()
+    assert ppo == "| PPO |  |  |  | -1.00 ± 0.00 |", "what is 0 in every seed is left out"
+    assert dpo == "| DPO |  |  |  |  |"
+    lines = compare.summary(frontier()).splitlines()
+    assert lines[-2].startswith("| PPO | -1.00 ± 0.00 |")
 
 
 def test_the_pictures_show_each_method_with_its_values():
     rows = all_parts()
-    for picture, points in (
-        (draw.frontier, len(compare.BETAS)),
-        (draw.sensitivity, len(compare.RATES) + 1),
-    ):
-        figure = picture(rows)
-        lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
-        assert set(lines) == set(compare.METHODS) - ({"DPO"} if points == 4 else set())
-        assert len(lines["V2"].get_xdata()) == points
-        plt.close(figure)
+    figure = draw.frontier(rows)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert set(lines) == set(compare.METHODS)
+    assert len(lines["V2"].get_xdata()) == len(compare.BETAS)
+    plt.close(figure)
+    figure = draw.sensitivity(rows)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert set(lines) == set(compare.METHODS) - {"DPO"}
+    plt.close(figure)
     xs = list(lines["V2"].get_xdata())
-    assert xs == [0.25, 1, 4, 8]
+    assert xs == pytest.approx([1e-3 * factor for factor in (0.25, 1, 2, 4, 8)])
     figure = draw.head_to_head(rows)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == len(compare.METHODS) ** 2

@@ -86,7 +86,7 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
     """Score − β KL away from the tuned rate, on stale samples, under an offset."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     for axis, part, column, label, title in (
-        (axes[0], "rate", "factor", "learning rate, times the tuned one", "Too high a rate"),
+        (axes[0], "rate", "lr", "learning rate", "Too high a rate"),
         (axes[1], "staleness", "epochs", "passes over the same samples", "Stale samples"),
         (axes[2], "offset", "offset", "standard deviation of δ(x)", "Reward + δ(x)"),
     ):
@@ -100,7 +100,7 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
         if part == "offset":
             axis.set_xscale("symlog", linthresh=1)
         else:
-            axis.set_xscale("log", base=2)
+            axis.set_xscale("log")
     axes[0].set_ylabel("score − β KL")
     axes[0].set_ylim(bottom=-1)
     legend(figure, axes[0])
