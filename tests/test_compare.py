@@ -307,6 +307,15 @@ def all_parts() -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
+def test_the_scores_zero_is_the_online_methods_mean_of_each_seed():
+    rows = all_parts()
+    rows.loc[rows.method == "V1", "score"] += 0.7
+    found = compare.part_of(rows, "offset")
+    base = found[found.part == "frontier"].groupby(["seed", "method"])[["score", "reached"]].mean()
+    assert base.unstack("seed").loc["V1"].tolist() == pytest.approx([0.6] * 6)
+    assert base.unstack("seed").loc["PPO"].tolist() == pytest.approx([-0.1] * 6)
+
+
 def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():
     found = compare.change(all_parts(), "offset", "offset", 10.0)
     assert found["PPO"] == pytest.approx([-1, -1, -1])

@@ -1,6 +1,6 @@
 """The comparison's pictures, from the rows of data/comparison.csv.
 
-python tests/tools/draw.py .github/comparison.svg     # the README's
+python tests/tools/draw.py .github/comparison.svg     # the README's: sensitivity
 """
 
 import argparse
@@ -65,6 +65,7 @@ def frontier(rows: pandas.DataFrame) -> Figure:
         "score": "What they climb: the reward model's score",
         "gold": "What is meant: the gold reward",
     }
+    labels = {"score": "score, from the mean at β = 0.1", "gold": "gold reward, nats"}
     for axis, name in zip(axes, titles, strict=True):
         for method in compare.METHODS:
             kls, samples = [], []
@@ -73,7 +74,7 @@ def frontier(rows: pandas.DataFrame) -> Figure:
                 samples.append(list(found[name]))
             if kls:
                 line(axis, method, kls, samples)
-        axis.set(xlabel="KL to SFT, nats", ylabel="nats" if name == "gold" else "score")
+        axis.set(xlabel="KL to SFT, nats", ylabel=labels[name])
         axis.set_xscale("log")
         axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"], minor=False)
         axis.set_xticks([], minor=True)
@@ -83,13 +84,14 @@ def frontier(rows: pandas.DataFrame) -> Figure:
 
 
 def sensitivity(rows: pandas.DataFrame) -> Figure:
-    """Score − β KL away from the tuned rate, on stale samples, under an offset."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
-    for axis, part, column, label, title in (
-        (axes[0], "rate", "lr", "learning rate", "Too high a rate"),
-        (axes[1], "staleness", "epochs", "passes over the same samples", "Stale samples"),
-        (axes[2], "offset", "offset", "standard deviation of δ(x)", "Reward + δ(x)"),
-    ):
+    """Score − β KL at other rates, on stale samples, under an offset."""
+    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), sharey=True)
+    parts = (
+        ("rate", "lr", "learning rate", "One cliff for all"),
+        ("staleness", "epochs", "passes over the same samples", "Stale samples: a slope"),
+        ("offset", "offset", "standard deviation of δ(x)", "δ(x): pairs do not notice"),
+    )
+    for axis, (part, column, label, title) in zip(axes, parts, strict=True):
         found = compare.part_of(rows, part)
         for method in compare.METHODS:
             mine = found[found.method == method].groupby(column).reached
@@ -97,17 +99,19 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
                 line(axis, method, list(mine.groups), [list(values) for _, values in mine])
         axis.set_xlabel(label)
         axis.set_title(title, loc="left", fontsize=10)
-        if part == "offset":
-            axis.set_xscale("symlog", linthresh=1)
-        else:
+        if part == "rate":
             axis.set_xscale("log")
-    axes[0].set_ylabel("score − β KL")
-    axes[0].set_ylim(bottom=-1)
+        else:  # 0 or 1 on the left, in even steps of a factor
+            axis.set_xscale("symlog", base=2, linthresh=1)
+            ticks = sorted(set(found[column]))
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0].set_ylabel("score − β KL, from the mean as tuned")
+    axes[0].set_ylim(bottom=-1.5)
     legend(figure, axes[0])
     return figure
 
 
-def head_to_head(rows: pandas.DataFrame, kl: float = 2.0) -> Figure:
+def head_to_head(rows: pandas.DataFrame, kl: float = 2.5) -> Figure:
     """How often a method's answer beats another's to the same prompt, at about the same KL."""
     wins = compare.head_to_head(rows, kl)
     methods = list(compare.METHODS)
@@ -118,7 +122,8 @@ def head_to_head(rows: pandas.DataFrame, kl: float = 2.0) -> Figure:
         for j, b in enumerate(methods):
             mean, half = compare.interval(wins[a, b])
             text = "" if a == b else f"{mean:.2f}\n±{half:.2f}"
-            axis.text(j, i, text, ha="center", va="center", fontsize=7)
+            color = "black" if 0.35 < mean < 0.65 else "white"
+            axis.text(j, i, text, ha="center", va="center", fontsize=7, color=color)
     axis.set_xticks(range(len(methods)), methods, rotation=45, ha="right")
     axis.set_yticks(range(len(methods)), methods)
     axis.set_title(f"Win rate of the row over the column, KL near {kl:g} nats", fontsize=10)
@@ -159,10 +164,10 @@ def joint(rows: pandas.DataFrame) -> Figure:
 def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("svg", type=Path, help="where to write the frontier")
+    parser.add_argument("svg", type=Path, help="where to write what tells most")
     args = parser.parse_args()
     with matplotlib.rc_context(STYLE):
-        frontier(compare.read_rows()).savefig(args.svg, metadata={"Date": None})
+        sensitivity(compare.read_rows()).savefig(args.svg, metadata={"Date": None})
 
 
 if __name__ == "__main__":
