@@ -124,6 +124,9 @@ def test_each_part_changes_one_thing_and_makes_as_many_updates():
             assert trial.epochs * trial.iterations == 160
     assert {t.lr for t in trials_of("rate")} == {1e-3 * factor for factor in compare.RATES}
     assert {t.seed for t in trials_of("rate")} == {5, 6}
+    assert {(t.epochs, t.iterations, t.lr) for t in trials_of("staleness, one rate")} == {
+        (16, 10, 1e-3)
+    }
     assert {(t.iterations, t.beta, t.lr) for t in trials_of("gaming")} == {(240, 0.025, 1e-3)}
     offsets = {t.method: set() for t in trials_of("offset")}
     for trial in trials_of("offset"):
@@ -324,8 +327,8 @@ def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():
 
 def test_the_table_has_each_difference_with_its_interval():
     *_, ppo, dpo = compare.summary(all_parts()).splitlines()
-    assert ppo == "| PPO |  |  |  | -1.00 ± 0.00 |", "what is 0 in every seed is left out"
-    assert dpo == "| DPO |  |  |  |  |"
+    assert ppo == "| PPO |  |  |  |  | -1.00 ± 0.00 |", "what is 0 in every seed is left out"
+    assert dpo == "| DPO |  |  |  |  |  |"
     lines = compare.summary(frontier()).splitlines()
     assert lines[-2].startswith("| PPO | -1.00 ± 0.00 |")
 
