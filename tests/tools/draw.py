@@ -1,6 +1,6 @@
 """The comparison's pictures, from the rows of data/comparison.csv.
 
-python tests/tools/draw.py .github/comparison.svg     # the README's: sensitivity
+python tests/tools/draw.py .github     # the README's two
 """
 
 import argparse
@@ -58,27 +58,28 @@ def legend(figure: Figure, axis: Axes) -> None:
 
 
 def frontier(rows: pandas.DataFrame) -> Figure:
-    """Gold reward and score against KL, a point for each β."""
+    """Score and gold reward against KL: a dot a run, a line through each β's means up to 5 nats."""
     rows = compare.part_of(rows, "frontier")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
-    titles = {
-        "score": "What they climb: the reward model's score",
-        "gold": "What is meant: the gold reward",
-    }
-    labels = {"score": "score, from the mean at β = 0.1", "gold": "gold reward, nats"}
-    for axis, name in zip(axes, titles, strict=True):
+    panels = (
+        ("score", "What they climb", "score, from the mean at β = 0.1", (-0.8, 1.6)),
+        ("gold", "What is meant by it", "gold reward, nats", (-6, 7)),
+    )
+    for axis, (name, title, label, limits) in zip(axes, panels, strict=True):
         for method in compare.METHODS:
+            mine = rows[rows.method == method]
+            axis.plot(mine.kl, mine[name], ".", color=COLORS[method], markersize=4, alpha=0.6)
             kls, samples = [], []
-            for _, found in rows[rows.method == method].groupby("beta", sort=False):
-                kls.append(found.kl.mean())
-                samples.append(list(found[name]))
+            for _, found in mine.groupby("beta", sort=False):
+                if found.kl.max() < 5:  # beyond, a run may game the reward model, or not yet
+                    kls.append(found.kl.mean())
+                    samples.append(list(found[name]))
             if kls:
                 line(axis, method, kls, samples)
-        axis.set(xlabel="KL to SFT, nats", ylabel=labels[name])
-        axis.set_xscale("log")
-        axis.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"], minor=False)
+        axis.set(xlabel="KL to SFT, nats", ylabel=label, xscale="log", ylim=limits)
+        axis.set_xticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
         axis.set_xticks([], minor=True)
-        axis.set_title(titles[name], loc="left", fontsize=10)
+        axis.set_title(title, loc="left", fontsize=10)
     legend(figure, axes[0])
     return figure
 
@@ -106,7 +107,7 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
             ticks = sorted(set(found[column]))
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel("score − β KL, from the mean as tuned")
-    axes[0].set_ylim(bottom=-1.5)
+    axes[0].set_ylim(-1.5, 0.3)
     legend(figure, axes[0])
     return figure
 
@@ -164,10 +165,13 @@ def joint(rows: pandas.DataFrame) -> Figure:
 def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("svg", type=Path, help="where to write what tells most")
+    parser.add_argument("folder", type=Path, help="where frontier.svg and sensitivity.svg go")
     args = parser.parse_args()
+    rows = compare.read_rows()
     with matplotlib.rc_context(STYLE):
-        sensitivity(compare.read_rows()).savefig(args.svg, metadata={"Date": None})
+        for picture in (frontier, sensitivity):
+            path = args.folder / f"{picture.__name__}.svg"
+            picture(rows).savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
