@@ -62,8 +62,8 @@ def frontier(rows: pandas.DataFrame) -> Figure:
     rows = compare.part_of(rows, "frontier")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     panels = (
-        ("score", "What they climb", "score, from the mean at β = 0.1", (-0.8, 1.6)),
-        ("gold", "What is meant by it", "gold reward, nats", (-6, 7)),
+        ("score", "Score: all but DPO and GRPO on one line", "score, from the mean at β = 0.1", (-0.8, 1.6)),
+        ("gold", "Gold reward: it turns near four nats", "gold reward, nats", (-6, 7)),
     )
     for axis, (name, title, label, limits) in zip(axes, panels, strict=True):
         for method in compare.METHODS:
