@@ -61,11 +61,15 @@ def frontier(rows: pandas.DataFrame) -> Figure:
     """Score and gold reward against KL: a dot a run, a line through each β's means up to 5 nats."""
     rows = compare.part_of(rows, "frontier")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    titles = {
+        "score": "Score: all but DPO and GRPO on one line",
+        "gold": "Gold reward: it turns near four nats",
+    }
     panels = (
-        ("score", "Score: all but DPO and GRPO on one line", "score, from the mean at β = 0.1", (-0.8, 1.6)),
-        ("gold", "Gold reward: it turns near four nats", "gold reward, nats", (-6, 7)),
+        ("score", "score, from the mean at β = 0.1", (-0.8, 1.6)),
+        ("gold", "gold reward, nats", (-6, 7)),
     )
-    for axis, (name, title, label, limits) in zip(axes, panels, strict=True):
+    for axis, (name, label, limits) in zip(axes, panels, strict=True):
         for method in compare.METHODS:
             mine = rows[rows.method == method]
             axis.plot(mine.kl, mine[name], ".", color=COLORS[method], markersize=4, alpha=0.6)
@@ -79,7 +83,7 @@ def frontier(rows: pandas.DataFrame) -> Figure:
         axis.set(xlabel="KL to SFT, nats", ylabel=label, xscale="log", ylim=limits)
         axis.set_xticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
         axis.set_xticks([], minor=True)
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(titles[name], loc="left", fontsize=10)
     legend(figure, axes[0])
     return figure
 
