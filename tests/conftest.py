@@ -2,6 +2,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -122,10 +123,30 @@ def out(tmp_path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.fixture
-def quick(quick_data, out) -> list[str]:
-    """Command-line options of a run that takes about a second."""
-    options = ["--small", "--data", str(quick_data), "--out", str(out)]
+def quick_options(data: Path, out: Path) -> list[str]:
+    options = ["--small", "--data", str(data), "--out", str(out)]
     for key, value in QUICK.items():
         options += ["--" + key.replace("_", "-"), str(value)]
     return options
+
+
+@pytest.fixture
+def quick(quick_data, out) -> list[str]:
+    """Command-line options of a run that takes about a second."""
+    return quick_options(quick_data, out)
+
+
+@pytest.fixture(scope="session")
+def finished_once(quick_data, tmp_path_factory) -> Path:
+    from toys import status
+
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert status(quick_options(quick_data, out)) == 0
+    return out
+
+
+@pytest.fixture
+def finished(finished_once, quick, out) -> list[str]:
+    """The options of `quick`, whose run is there already."""
+    shutil.copytree(finished_once, out)
+    return quick

@@ -12,14 +12,13 @@ import numpy
 import pandas
 import pytest
 import torch
-from toys import status
 
 import p3o
 
 
 def row(**changes) -> dict:
     trial = compare.Trial("tuning", "V2", 100, 0.1, 1e-3, 0.2)._asdict()
-    figures = dict(score=1.0, gold=5.0, kl=2.0, win_rate=0.9, finished=1.0, seconds=9.0)
+    figures = dict(score=1.0, gold=5.0, kl=2.0, win_rate=0.9, finished=1.0)
     return trial | figures | dict(points="", curve="") | changes
 
 
@@ -57,7 +56,7 @@ def test_a_written_row_is_read_again_as_the_same_trial(tmp_path, monkeypatch):
     trial = compare.Trial("rate", "PPO", 3, 0.1, 2e-3 * 0.25, 0.95)
     for seed in (3, 4):
         compare.write_row(row(**trial._replace(seed=seed)._asdict()))
-    found = compare.read_rows(tmp_path / "rows.csv").to_dict("records")
+    found = compare.read_rows().to_dict("records")
     assert len(found) == 2
     assert compare.key_of(found[0]) == compare.key_of(trial._asdict())
 
@@ -136,17 +135,19 @@ def test_each_part_changes_one_thing_and_makes_as_many_updates():
     assert "DPO" not in offsets, "it sees no score"
 
 
-def test_few_preferences_are_shared_out_alike_at_each_ways_own_beta():
+def test_few_preferences_are_shared_out_alike_at_each_ways_own_beta_and_weight():
+    tuning = compare.trials("joint tuning", pandas.DataFrame(), ())
+    assert len(set(tuning)) == len(tuning) == 2 * (4 + 4 + 12 + 12)
+    best = dict(zip(compare.JOINT, ((0.05, 1), (0.1, 1), (0.2, 0.1), (0.4, 0.01)), strict=True))
     rows = []
-    for method, best in zip(compare.JOINT, compare.JOINT_BETAS, strict=True):
-        for beta in compare.JOINT_BETAS:
-            base = dict(part="joint tuning", method=method, beta=beta)
-            rows.append(row(**base, gold=6.0 if beta == best else 5.0))
+    for trial in tuning:
+        wins = (trial.beta, trial.weight) == best[trial.method]
+        rows.append(row(**trial._asdict(), gold=6.0 if wins else 5.0))
     trials = compare.trials("joint", pandas.DataFrame(rows), (5,))
-    for method, best in zip(compare.JOINT, compare.JOINT_BETAS, strict=True):
+    for method in compare.JOINT:
         mine = [trial for trial in trials if trial.method == method]
         assert [trial.knob for trial in mine] == list(compare.SHARES)
-        assert {trial.beta for trial in mine} == {best}
+        assert {(trial.beta, trial.weight) for trial in mine} == {best[method]}
 
 
 @pytest.mark.parametrize("method", compare.LOSSES)
@@ -200,8 +201,8 @@ def test_the_pipeline_sees_its_share_of_the_preferences_and_aihf_all_demonstrati
     def train_reward(model, preferences, cfg, log):
         seen.append((len(preferences), cfg.epochs))
 
-    def train_jointly(policy, sft, reward, demonstrations, preferences, cfg, log, exact):
-        seen.append((len(demonstrations), len(preferences), exact))
+    def train_jointly(policy, sft, reward, demonstrations, preferences, cfg, log, **options):
+        seen.append((len(demonstrations), len(preferences), options))
 
     model = SimpleNamespace(score=torch.nn.Linear(2, 1, bias=False))
     monkeypatch.setattr(p3o, "load", lambda *_, **__: model)
@@ -211,10 +212,12 @@ def test_the_pipeline_sees_its_share_of_the_preferences_and_aihf_all_demonstrati
     monkeypatch.setattr(compare.relatives, "train_jointly", train_jointly)
     examples = [SimpleNamespace(prompt=[i]) for i in range(400)]
     for method in compare.JOINT:
-        trial = compare.Trial("joint", method, 5, 0.1, 2e-3, 0.1)
+        trial = compare.Trial("joint", method, 5, 0.1, 2e-3, 0.1, weight=0.3)
         compare.train_on_few(trial, "policy", "sft", compare.PIPELINES, examples, "log")
     # 80 iterations of two passes over 64 pairs, 32 an update, are 320 updates of 32 rows
-    assert seen == [(40, 2), (40, 256), (400, 40, True), (400, 40, False)]
+    exact = dict(exact=True, demo_weight=0.3)
+    logistic = dict(exact=False, demo_weight=0.3)
+    assert seen == [(40, 2), (40, 256), (400, 40, exact), (400, 40, logistic)]
     assert not model.score.weight.any(), "AIHF's reward starts at 0"
 
 
@@ -246,9 +249,8 @@ def test_head_to_head_is_on_the_same_prompts_at_the_nearest_kl_and_a_tie_is_half
 
 
 @pytest.fixture
-def few(tiny, quick, out, rows, monkeypatch):
+def few(tiny, finished, out, monkeypatch):
     """The comparison on a pipeline of a second's training, and few prompts."""
-    assert status(quick) == 0
     monkeypatch.setattr(compare, "pipeline", lambda seed: out)
     monkeypatch.setattr(p3o, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
     monkeypatch.setattr(compare, "EVALUATED", 12)
@@ -298,10 +300,11 @@ def all_parts() -> pandas.DataFrame:
     changes += [dict(part="rate", lr=1e-3 * factor) for factor in compare.RATES]
     changes += [dict(part="staleness", epochs=epochs) for epochs in compare.EPOCHS]
     changes += [dict(part="offset", offset=offset) for offset in compare.OFFSETS]
-    changes += [dict(part="gaming", curve="1.0 0.5 4.0 2.0 1.0 5.0 9.0 2.0 3.0")]
     for seed in range(3):
+        gaming = dict(part="gaming", curve=f"1.0 0.5 4.0 2.0 1.0 5.0 9.0 2.0 {3 + seed}")
         for method in compare.METHODS:
-            for change in changes[: len(compare.BETAS)] if method == "DPO" else changes:
+            mine = changes[: len(compare.BETAS)] if method == "DPO" else [*changes, gaming]
+            for change in mine:
                 score = 1 + 0.1 * seed - (change["part"] == "offset")
                 rows.append(row(method=method, seed=seed, points="mnm", score=score, **change))
         for method in compare.JOINT:
@@ -329,6 +332,9 @@ def test_the_table_has_each_difference_with_its_interval():
     *_, ppo, dpo = compare.summary(all_parts()).splitlines()
     assert ppo == "| PPO |  |  |  |  | -1.00 ± 0.00 |", "what is 0 in every seed is left out"
     assert dpo == "| DPO |  |  |  |  |  |"
+    rows = all_parts()
+    rows.loc[(rows.part == "offset") & (rows.seed == 0), "score"] += 1
+    assert "| PPO |  |  |  |  | -0.67 ± 1.43 |" in compare.summary(rows), "one seed alone is 0"
     lines = compare.summary(frontier()).splitlines()
     assert lines[-2].startswith("| PPO | -1.00 ± 0.00 |")
 
@@ -354,8 +360,11 @@ def test_the_pictures_show_each_method_with_its_values():
     assert "0.50\n±0.00" in texts
     plt.close(figure)
     figure = draw.gaming(rows)
+    assert [axis.get_title("left") for axis in figure.axes] == ["seed 0", "seed 1", "seed 2"]
     line = figure.axes[0].get_lines()[0]
     assert numpy.allclose(line.get_xydata(), [[0.5, 4], [1, 5], [2, 3]])
+    assert len(figure.axes[2].get_lines()) == 2 * (len(compare.METHODS) - 1)
+    assert numpy.allclose(figure.axes[2].get_lines()[0].get_ydata(), [4, 5, 5])
     plt.close(figure)
     figure = draw.joint(rows)
     assert len(figure.axes[0].get_lines()) == len(compare.JOINT)

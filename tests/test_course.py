@@ -154,8 +154,7 @@ def test_the_students_notebook_keeps_every_section_and_runs_nothing_of_the_solut
     tools = {"compare", "draw", "relatives"}  # they are not handed out
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
-            nodes = ast.walk(ast.parse(cell["source"]))
-            nodes = list(nodes)
+            nodes = list(ast.walk(ast.parse(cell["source"])))
             assert not any(isinstance(node, ast.Assert) for node in nodes)
             names = {node.id for node in nodes if isinstance(node, ast.Name)}
             assert not names & tools
@@ -254,14 +253,13 @@ def submissions() -> list[tuple[str, str]]:
     starter = course.starter(SOURCE)
     name = "bradley_terry_loss"
     right = course.bodies((TESTS / "tools" / "right.py").read_text())[f"{name}__softplus"]
-    gigabyte = "    for _ in range(10**6):\n        print('x' * 1000)\n"
+    endless = "    while True:\n        print('x' * 1000)\n"
     return [
         ("", course.solved(starter, name, right)),
         ("NotImplementedError: problem 5", starter),
         ("the file cannot be read", starter + "\nif True print(1)"),
-        ("stopped after", course.solved(starter, name, "    while True:\n        pass\n")),
+        ("stopped after", course.solved(starter, name, endless)),
         ("SystemExit", course.solved(starter, name, "    raise SystemExit(0)\n")),
-        ("stopped after", course.solved(starter, name, gigabyte)),
         ("it ended the process", starter + "\nimport os\nos._exit(0)\n"),
         ("cannot be imported: ZeroDivisionError", starter + "\n1 / 0\n"),
         ("cannot be imported: SystemExit", starter + "\nimport sys\nsys.exit(0)\n"),
@@ -299,7 +297,6 @@ def test_one_mistake_costs_one_problem():
     right = course.bodies((TESTS / "tools" / "right.py").read_text())
     starter = course.starter(SOURCE)
     mine = course.solved(starter, "bradley_terry_loss", right["bradley_terry_loss__softmax"])
-    assert course.grade_problem(mine, 5, seconds=60) == (1.0, "")
     assert course.grade_problem(mine, 1, seconds=60)[0] == 0
     renamed = mine.replace("def collate", "def my_collate")
     assert course.grade_problem(renamed, 5, seconds=60) == (1.0, "")

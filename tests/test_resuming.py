@@ -213,13 +213,11 @@ def test_every_stage_draws_by_the_seed(quick, monkeypatch):
 
 
 # ---- Stopped -------------------------------------------------------------------------------
-def test_a_finished_run_trains_nothing_and_gives_the_same_figures_again(quick, out, capsys):
-    assert status(quick) == 0
+def test_a_finished_run_trains_nothing_and_gives_the_same_figures_again(finished, out, capsys):
     before = (out / "summary.json").read_bytes()
     models = {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
     metrics = {path: path.read_bytes() for path in out.glob("*.jsonl")}
-    capsys.readouterr()
-    assert status(quick) == 0
+    assert status(finished) == 0
     assert capsys.readouterr().out.count("finished before") == 3
     assert models == {path: path.stat().st_mtime_ns for path in out.glob("*/model.safetensors")}
     assert metrics == {path: path.read_bytes() for path in out.glob("*.jsonl")}
@@ -390,11 +388,9 @@ def test_a_loss_that_diverges_stops_and_a_lower_rate_goes_on(stage, option, quic
     ),
     ids=" ".join,
 )
-def test_what_changes_the_training_is_compared_when_a_run_goes_on(option, quick, out, capsys):
-    assert status(quick) == 0
+def test_what_changes_the_training_is_compared_when_a_run_goes_on(option, finished, out, capsys):
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
-    capsys.readouterr()
-    assert status([*quick, *option]) == 1
+    assert status([*finished, *option]) == 1
     *_, line = capsys.readouterr().err.splitlines()
     name = option[0].removeprefix("--").replace("-", "_")
     assert line == f"p3o.py: {out} was made with other {name}; change --out"
@@ -414,9 +410,8 @@ def test_a_run_does_not_continue_on_other_data(changed, quick, rows, tmp_path, c
     assert "other data_crc" in capsys.readouterr().err
 
 
-def test_options_that_change_no_training_may_change(quick):
-    assert status(quick) == 0
-    assert status([*quick, "--micro-batch", "4", "--eval-prompts", "10"]) == 0
+def test_options_that_change_no_training_may_change(finished):
+    assert status([*finished, "--micro-batch", "4", "--eval-prompts", "10"]) == 0
 
 
 def test_a_run_that_finished_no_stage_may_be_restarted_with_other_options(quick, capsys):

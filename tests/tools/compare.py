@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -46,7 +45,7 @@ from data import judge  # noqa: E402
 ROWS = ROOT / "data" / "comparison.csv"
 PIPELINES = ROOT / "runs" / "pipelines"
 TUNING_SEEDS = (100, 101)
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2, 3, 4, 5)
 BETA = 0.1
 BETAS = (0.4, 0.2, 0.1, 0.05, 0.025)
 # beside the frontier's run at BETA, with the tuned rate, 2 epochs and no offset
@@ -82,6 +81,7 @@ KNOBS = {
 JOINT = ("pipeline", "pipeline, equal updates", "AIHF", "AIHF, logistic")
 SHARES = (0.01, 0.03, 0.1, 1.0)
 JOINT_BETAS = (0.05, 0.1, 0.2, 0.4)
+WEIGHTS = (1.0, 0.1, 0.01)  # AIHF has two settings, and so three times as many trials
 
 
 class Trial(NamedTuple):
@@ -94,6 +94,7 @@ class Trial(NamedTuple):
     epochs: int = 2
     iterations: int = 80
     offset: float = 0.0
+    weight: float = 1.0  # of AIHF's demonstrations
 
 
 PARTS = (
@@ -107,7 +108,7 @@ PARTS = (
     "joint tuning",
     "joint",
 )
-FIGURES = ("score", "gold", "kl", "win_rate", "finished", "seconds", "points", "curve")
+FIGURES = ("score", "gold", "kl", "win_rate", "finished", "points", "curve")
 
 
 # ---- One run -----------------------------------------------------------------------------
@@ -176,7 +177,8 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
         torch.nn.init.zeros_(reward_model.score.weight)  # as train_reward does
         exact = trial.method == "AIHF"
         models = (policy, sft, reward_model)
-        relatives.train_jointly(*models, examples, preferences, cfg, log, exact=exact)
+        options = dict(exact=exact, demo_weight=trial.weight)
+        relatives.train_jointly(*models, examples, preferences, cfg, log, **options)
         return
     epochs = 2
     if trial.method == "pipeline, equal updates":
@@ -237,20 +239,17 @@ def run(trial: Trial) -> dict:
             curve.extend(statistics.mean(now[key]) for key in ("kl", "score", "gold"))
 
     torch.manual_seed(trial.seed)
-    start = time.perf_counter()
     with contextlib.suppress(FloatingPointError):  # it diverged: what it became is judged
         if trial.method in JOINT:
             train_on_few(trial, policy, sft, out, examples, log)
         else:
             train(trial, policy, sft, reward_model, examples, log)
-    seconds = time.perf_counter() - start
     mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
     wins = judge.wins(mine["gold"], first["gold"])
     row = trial._asdict()
     for key in ("score", "gold", "kl", "finished"):
         row[key] = round(statistics.mean(mine[key]), 4)
     row["win_rate"] = round(statistics.mean(wins), 4)
-    row["seconds"] = round(seconds, 1)
     row["points"] = ""
     if trial.part == "frontier":  # the gold reward of each answer in points, a letter each
         row["points"] = "".join(chr(ord("m") + round(gold / 1.5)) for gold in mine["gold"])
@@ -259,12 +258,11 @@ def run(trial: Trial) -> dict:
 
 
 # ---- All runs ----------------------------------------------------------------------------
-def read_rows(path: Path | None = None) -> pandas.DataFrame:
+def read_rows() -> pandas.DataFrame:
     """The rows so far."""
-    path = path or ROWS
-    if not path.exists():
+    if not ROWS.exists():
         return pandas.DataFrame(columns=[*Trial._fields, *FIGURES])
-    return pandas.read_csv(path, keep_default_na=False)
+    return pandas.read_csv(ROWS, keep_default_na=False)
 
 
 def key_of(row: dict) -> tuple:
@@ -286,14 +284,15 @@ def tuned(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
     return {method: (lr, knob) for method, lr, knob in best}
 
 
-def tuned_betas(rows: pandas.DataFrame) -> dict[str, float]:
-    """β of each way to learn from few preferences: the best mean gold reward at a tenth of them.
+def tuned_joint(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
+    """β and weight of each way to learn from few preferences: the best mean at a tenth of them.
 
-    By gold, since their scores have no common unit.
+    By gold reward, since their scores have no common unit.
     """
     rows = rows[rows.part == "joint tuning"]
-    means = rows.gold.groupby([rows.method, rows.beta]).mean()
-    return {method: beta for method, beta in means.groupby("method").idxmax()}
+    means = rows.gold.groupby([rows.method, rows.beta, rows.weight]).mean()
+    best = means.groupby("method").idxmax()
+    return {method: (beta, weight) for method, beta, weight in best}
 
 
 def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
@@ -306,12 +305,19 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
                 found.append(Trial(part, method, seed, BETA, lr, knob))
         return found
     if part == "joint tuning":
-        grid = itertools.product(TUNING_SEEDS, JOINT, JOINT_BETAS)
-        return [Trial(part, method, seed, beta, 2e-3, 0.1) for seed, method, beta in grid]
+        found = []
+        for seed, method, beta in itertools.product(TUNING_SEEDS, JOINT, JOINT_BETAS):
+            trial = Trial(part, method, seed, beta, 2e-3, 0.1)
+            weights = WEIGHTS if method.startswith("AIHF") else WEIGHTS[:1]
+            found += [trial._replace(weight=weight) for weight in weights]
+        return found
     if part == "joint":
-        betas = tuned_betas(rows)
-        grid = itertools.product(seeds, JOINT, SHARES)
-        return [Trial(part, name, seed, betas[name], 2e-3, share) for seed, name, share in grid]
+        best = tuned_joint(rows)
+        found = []
+        for seed, method, share in itertools.product(seeds, JOINT, SHARES):
+            beta, weight = best[method]
+            found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
+        return found
     best = tuned(rows)
     found = []
     online = [method for method in METHODS if method != "DPO"]
@@ -330,7 +336,7 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
             spreads = OFFSETS if method == "PPO" else OFFSETS[-1:]
             found += [base._replace(offset=spread) for spread in spreads]
         elif part == "gaming":
-            # one rate for all: how soon a reward model is gamed depends on it most
+            # one rate for all: a higher one games a reward model sooner
             found.append(base._replace(beta=0.025, lr=1e-3, iterations=240))
     return found
 

@@ -136,18 +136,22 @@ def head_to_head(rows: pandas.DataFrame, kl: float = 2.5) -> Figure:
 
 
 def gaming(rows: pandas.DataFrame) -> Figure:
-    """Gold reward against score along a long run at a low β; a ring marks the end."""
-    figure, axis = plt.subplots(figsize=(6.4, 3.8))
-    for method in compare.METHODS:
-        curves = compare.course(rows, method)  # (seeds, points, 3)
-        if len(curves):
-            _, scores, golds = curves.mean(0).T  # (points,) each
-            style = LINES.get(method, "--")
-            axis.plot(scores, golds, style, color=COLORS[method], marker=".", label=method)
-            axis.plot(scores[-1], golds[-1], "o", color=COLORS[method], fillstyle="none")
-    axis.set(xlabel="score of the reward model", ylabel="gold reward, nats")
-    axis.set_title("The score goes on rising, the gold reward does not", loc="left", fontsize=10)
-    legend(figure, axis)
+    """Gold reward against score along a long run at a low β, a panel a seed; a ring ends it."""
+    rows = rows[rows.part == "gaming"]
+    seeds = sorted(set(rows.seed))
+    figure, axes = plt.subplots(1, len(seeds), figsize=(9.5, 3.3), sharey=True, squeeze=False)
+    for axis, seed in zip(axes[0], seeds, strict=True):
+        for method in compare.METHODS:
+            for points in compare.course(rows[rows.seed == seed], method):  # (points, 3)
+                _, scores, golds = points.T  # (points,) each
+                style = LINES.get(method, "--")
+                axis.plot(scores, golds, style, color=COLORS[method], marker=".", label=method)
+                axis.plot(scores[-1], golds[-1], "o", color=COLORS[method], fillstyle="none")
+        axis.set_xlabel("score of the reward model")
+        axis.set_title(f"seed {seed}", loc="left", fontsize=9)
+    axes[0, 0].set_ylabel("gold reward, nats")
+    figure.suptitle("A long run at β = 0.025: the score rises, the gold reward falls", fontsize=10)
+    legend(figure, axes[0, 0])
     return figure
 
 
