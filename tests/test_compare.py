@@ -1,6 +1,7 @@
 """The comparison's bookkeeping; what its runs are made of is tested with the relatives."""
 
 import functools
+import math
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import p3o
+from data import judge
 
 
 def row(**changes) -> dict:
@@ -138,11 +140,13 @@ def test_each_part_changes_one_thing_and_makes_as_many_updates():
 def test_few_preferences_are_shared_out_alike_at_each_ways_own_beta_and_weight():
     tuning = compare.trials("joint tuning", pandas.DataFrame(), ())
     assert len(set(tuning)) == len(tuning) == 2 * (4 + 4 + 12 + 12)
+    assert {(trial.knob, trial.lr) for trial in tuning} == {(0.1, 2e-3)}
     best = dict(zip(compare.JOINT, ((0.05, 1), (0.1, 1), (0.2, 0.1), (0.4, 0.01)), strict=True))
     rows = []
     for trial in tuning:
         wins = (trial.beta, trial.weight) == best[trial.method]
         rows.append(row(**trial._asdict(), gold=6.0 if wins else 5.0))
+        rows.append(row(**trial._replace(part="joint", beta=0.4)._asdict(), gold=9.0))
     trials = compare.trials("joint", pandas.DataFrame(rows), (5,))
     for method in compare.JOINT:
         mine = [trial for trial in trials if trial.method == method]
@@ -176,12 +180,21 @@ def test_each_method_trains_with_its_own_loss_clip_and_offset(method, monkeypatc
 def test_ppo_and_dpo_have_loops_of_their_own(monkeypatch):
     calls = []
     for name in ("train_ppo", "train_dpo"):
-        spy = functools.partial(lambda name, *args, **options: calls.append((name, options)), name)
+        spy = functools.partial(lambda *args, **options: calls.append((args, options)), name)
         monkeypatch.setattr(compare.relatives, name, spy)
+    reward_model = torch.nn.Linear(2, 1)
+    examples = [SimpleNamespace(prompt=[7])]
     for method in ("PPO", "DPO"):
         trial = compare.Trial("tuning", method, 5, 0.3, 1e-3, 0.7)
-        compare.train(trial, "policy", "sft", "reward", [SimpleNamespace(prompt=[7])], "log")
-    assert calls == [("train_ppo", {"gae_lambda": 0.7}), ("train_dpo", {})]
+        compare.train(trial, "policy", "sft", reward_model, examples, "log")
+    (ppo, ppo_options), (dpo, dpo_options) = calls
+    assert ppo[:3] == ("train_ppo", "policy", "sft")
+    assert (ppo[4], ppo[5].beta, ppo[5].lr, ppo[6]) == ([[7]], 0.3, 1e-3, "log")
+    assert ppo[7] is not reward_model, "the critic is trained, the reward model is not"
+    assert torch.equal(ppo[7].weight, reward_model.weight)
+    assert ppo_options == {"gae_lambda": 0.7}
+    assert dpo[:4] == ("train_dpo", "policy", "sft", examples)
+    assert (dpo[4].beta, dpo[4].lr, dpo[5], dpo_options) == (0.3, 1e-3, "log", {})
 
 
 def test_the_offset_is_the_prompts_and_has_the_spread_asked_for():
@@ -196,39 +209,47 @@ def test_the_offset_is_the_prompts_and_has_the_spread_asked_for():
 
 
 def test_the_pipeline_sees_its_share_of_the_preferences_and_aihf_all_demonstrations(monkeypatch):
-    seen = []
+    seen, policies = [], []
 
     def train_reward(model, preferences, cfg, log):
         seen.append((len(preferences), cfg.epochs))
 
     def train_jointly(policy, sft, reward, demonstrations, preferences, cfg, log, **options):
         seen.append((len(demonstrations), len(preferences), options))
+        policies.append((policy, sft, cfg.beta, cfg.lr, cfg.iterations))
+
+    def train_policy(policy, sft, score, prompts, cfg, log):
+        assert len(prompts) == 400, "prompts are not scarce"
+        policies.append((policy, sft, cfg.beta, cfg.lr, cfg.iterations))
 
     model = SimpleNamespace(score=torch.nn.Linear(2, 1, bias=False))
     monkeypatch.setattr(p3o, "load", lambda *_, **__: model)
     monkeypatch.setattr(p3o, "train_reward", train_reward)
-    monkeypatch.setattr(p3o, "set_gain", lambda *_: 1.0)
-    monkeypatch.setattr(p3o, "train_policy", lambda *_: None)
+    gains = []
+    monkeypatch.setattr(p3o, "set_gain", lambda *args: gains.append((args[1], len(args[2]))))
+    monkeypatch.setattr(p3o, "train_policy", train_policy)
     monkeypatch.setattr(compare.relatives, "train_jointly", train_jointly)
     examples = [SimpleNamespace(prompt=[i]) for i in range(400)]
     for method in compare.JOINT:
-        trial = compare.Trial("joint", method, 5, 0.1, 2e-3, 0.1, weight=0.3)
+        trial = compare.Trial("joint", method, 5, 0.7, 3e-3, 0.1, weight=0.3)
         compare.train_on_few(trial, "policy", "sft", compare.PIPELINES, examples, "log")
     # 80 iterations of two passes over 64 pairs, 32 an update, are 320 updates of 32 rows
     exact = dict(exact=True, demo_weight=0.3)
     logistic = dict(exact=False, demo_weight=0.3)
     assert seen == [(40, 2), (40, 256), (400, 40, exact), (400, 40, logistic)]
+    assert policies == [("policy", "sft", 0.7, 3e-3, 80)] * 4
+    assert gains == [("sft", p3o.GAIN_PROMPTS)] * 2
     assert not model.score.weight.any(), "AIHF's reward starts at 0"
 
 
 def frontier() -> pandas.DataFrame:
-    """V2 reaches gold = KL, PPO one less; of three answers V2 wins two."""
+    """V2 reaches gold = log KL, PPO one less; of three answers V2 wins two."""
     rows = []
     for seed in (0, 1):
         for beta, kl in ((0.2, 1.0), (0.1, 2.0), (0.05, 4.0)):
             base = dict(part="frontier", seed=seed, beta=beta)
-            rows.append(row(**base, kl=kl, gold=kl, points="nnn"))
-            ppo = dict(kl=1.2 * kl, gold=1.2 * kl - 1, points="mnm")
+            rows.append(row(**base, kl=kl, gold=math.log(kl), points="nnn"))
+            ppo = dict(kl=1.2 * kl, gold=math.log(1.2 * kl) - 1, points="mnm")
             rows.append(row(**base, **ppo, method="PPO"))
     return pandas.DataFrame(rows[::-1])
 
@@ -237,6 +258,7 @@ def test_methods_are_compared_at_the_same_kl():
     gaps = compare.frontier_gaps(frontier(), 3.0)
     assert gaps["PPO"] == pytest.approx([-1, -1])
     assert gaps["V2"] == [0, 0]
+    assert compare.frontier_gaps(frontier(), 4.5) == {}, "V2 did not get so far"
 
 
 def test_head_to_head_is_on_the_same_prompts_at_the_nearest_kl_and_a_tie_is_half():
@@ -246,6 +268,10 @@ def test_head_to_head_is_on_the_same_prompts_at_the_nearest_kl_and_a_tie_is_half
     assert wins["V2", "PPO"] == pytest.approx([5 / 6, 5 / 6])  # two wins and a tie
     assert wins["PPO", "V2"] == pytest.approx([1 / 6, 1 / 6])
     assert wins["V2", "V2"] == [0.5, 0.5]
+    rows = frontier()
+    rows.loc[(rows.method == "PPO") & (rows.beta == 0.05), "points"] = "mmm"
+    wins = compare.head_to_head(rows, 3.4)  # by its logarithm nearer to 4.8 than to 2.4
+    assert wins["V2", "PPO"] == [1, 1]
 
 
 @pytest.fixture
@@ -265,6 +291,15 @@ def test_a_run_is_judged_against_its_own_sft_model(few):
     found = compare.run(trial)
     assert found["kl"] == pytest.approx(0, abs=1e-6)
     assert found["win_rate"] == 0.5
+    tokenizer, _, heldout, sft, *_ = compare.start_of(5)
+    torch.manual_seed(0)
+    prompts = [example.prompt for example in heldout]
+    ids, mask = p3o.sample(sft, prompts, 1, p3o.SMALL["response_tokens"])
+    said = []
+    for example, row_of, inside in zip(heldout, ids[:, 0], mask[:, 0], strict=True):
+        answer = tokenizer.decode(row_of[inside], skip_special_tokens=True)
+        said.append(judge.gold_reward(example.text.prompt, answer))
+    assert found["gold"] == pytest.approx(statistics.mean(said), abs=1e-4)
     golds = [1.5 * (ord(letter) - ord("m")) for letter in found["points"]]
     assert len(golds) == 12
     assert statistics.mean(golds) == pytest.approx(found["gold"], abs=1e-3)
@@ -283,6 +318,13 @@ def test_a_long_runs_course_and_its_end_are_of_the_trained_policy(few, monkeypat
     assert found["points"] == ""
     again = compare.run(compare.Trial("frontier", "V2", 5, 0.0, 5e-3, 0.2, iterations=2))
     assert again["kl"] == found["kl"], "watching it changes no sample"
+
+
+def test_a_run_draws_by_its_seed(few, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare, "train", lambda *_: drawn.append(torch.initial_seed()))
+    compare.run(compare.Trial("rate", "V2", 5, 0.1, 1e-3, 0.2))
+    assert drawn == [5]
 
 
 def test_a_run_that_diverges_is_judged_as_it_ended(few, monkeypatch):
@@ -320,6 +362,9 @@ def test_the_scores_zero_is_the_online_methods_mean_of_each_seed():
     base = found[found.part == "frontier"].groupby(["seed", "method"])[["score", "reached"]].mean()
     assert base.unstack("seed").loc["V1"].tolist() == pytest.approx([0.6] * 6)
     assert base.unstack("seed").loc["PPO"].tolist() == pytest.approx([-0.1] * 6)
+    assert set(compare.part_of(rows, "joint").method) == set(compare.JOINT)
+    rows = rows[(rows.part != "offset") | (rows.seed == 1)]
+    assert set(compare.part_of(rows, "offset").seed) == {1}, "no line joins other seeds"
 
 
 def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():
@@ -367,7 +412,10 @@ def test_the_pictures_show_each_method_with_its_values():
     assert numpy.allclose(figure.axes[2].get_lines()[0].get_ydata(), [4, 5, 5])
     plt.close(figure)
     figure = draw.joint(rows)
-    assert len(figure.axes[0].get_lines()) == len(compare.JOINT)
+    line, dots, *others = figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == list(compare.SHARES)
+    assert len(dots.get_xdata()) == 3 * len(compare.SHARES)
+    assert len(others) == 2 * (len(compare.JOINT) - 1)
     plt.close(figure)
 
 

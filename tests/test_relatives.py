@@ -106,6 +106,13 @@ def test_off_policy_grpo_clips_a_response_alone_and_takes_the_current_kl():
     assert close(kl, -along_G(0.5 * BETA * gap(new - ref)))
 
 
+def test_off_policy_rebel_takes_the_sampling_policys_kl():
+    new, old, ref, scores = random_pairs(0.3)
+    reward = gap(scores - BETA * (old - ref))
+    expected = 2 * (reward - gap(new - old))
+    assert close(pushes(relatives.rebel_loss, new, old, ref, scores)[:, 0], expected)
+
+
 def test_rebel_pulls_back_where_the_policy_has_moved_too_far():
     _, old, ref, scores = random_pairs(0.0)
     beyond = old + along_G(gap(scores))  # u = 2 Δr, η = 1
@@ -296,11 +303,12 @@ def sgd(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=1.0)
 
 
-def test_ppos_first_update_is_that_of_whitened_advantages(monkeypatch):
-    """One update by hand: token by token, mean over the tokens, critic and policy together."""
+def test_ppos_updates_are_those_of_its_equations(monkeypatch):
+    """Two updates on the same samples by hand, the second clipped, away from the reference."""
     monkeypatch.setattr(p3o, "make_optimizer", sgd)
-    reference, policy, critic = toy_model(0), toy_model(0), toy_critic().eval()
-    cfg = toy_config(iterations=1, inner_epochs=1, minibatch=32, micro_batch=32)
+    reference, policy, critic = toy_model(1), toy_model(0), toy_critic().eval()
+    rates = dict(lr=0.5, beta=0.7)
+    cfg = toy_config(iterations=1, inner_epochs=2, minibatch=32, micro_batch=32, **rates)
     prompts = TOY_PROMPTS * 16
     mine, mine_critic = copy.deepcopy(policy), copy.deepcopy(critic)
     torch.manual_seed(0)
@@ -311,23 +319,31 @@ def test_ppos_first_update_is_that_of_whitened_advantages(monkeypatch):
     ids, mask = p3o.sample(mine, batch, 2, LONGEST)
     ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
     inside = mask[:, 1:]
-    values = relatives.token_values(mine_critic, ids, mask)
-    rewards = torch.zeros_like(values)
+    with torch.no_grad():
+        old_values = relatives.token_values(mine_critic, ids, mask)
+        old = p3o.response_logprobs(mine, ids, mask)
+        rewards = 0.7 * (p3o.response_logprobs(reference, ids, mask) - old)
+    assert rewards.abs().max() > 0.5, "the KL is paid for"
     for row, t in enumerate(inside.int().argmax(1) + inside.sum(1) - 1):
-        rewards[row, t] = even_share(ids, mask)[row]
-    advantages = relatives.gae(rewards, values.detach(), 0.95)
-    returns = advantages + values.detach()
+        rewards[row, t] += even_share(ids, mask)[row]
+    advantages = relatives.gae(rewards, old_values, 0.95)
+    returns = advantages + old_values
     whitened = (advantages - advantages[inside].mean()) / advantages[inside].std()
-    logprobs = p3o.response_logprobs(mine, ids, mask)
-    loss = -(whitened * (logprobs - logprobs.detach()).exp())[inside].mean()
-    loss = loss + 0.1 * 0.5 * (values - returns)[inside].square().mean()
-    loss.backward()
     both = torch.nn.ModuleList([mine, mine_critic])
     optimizer = p3o.make_optimizer([{"params": both.parameters(), "weight_decay": 0.0}])
-    p3o.gradient_step(both, optimizer, p3o.learning_rate(cfg.lr, 0, 1))
+    for _ in range(2):
+        ratio = (p3o.response_logprobs(mine, ids, mask) - old).exp()
+        objective = torch.minimum(whitened * ratio, whitened * ratio.clamp(0.8, 1.2))
+        values = relatives.token_values(mine_critic, ids, mask)
+        near = values.clamp(old_values - 0.2, old_values + 0.2)
+        errors = torch.stack([(values - returns).square(), (near - returns).square()])
+        loss = (0.1 * 0.5 * errors.amax(0) - objective)[inside].mean()
+        loss.backward()
+        p3o.gradient_step(both, optimizer, cfg.lr)
+    assert (errors[0] != errors[1]).any(), "a value is held"
     for trained, expected in ((policy, mine), (critic, mine_critic)):
         for a, b in zip(trained.parameters(), expected.parameters(), strict=True):
-            assert torch.allclose(a, b, atol=1e-6)
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 # ---- Offline DPO ---------------------------------------------------------------------------
@@ -344,6 +360,21 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer_the_chosen():
     assert rows[-1]["loss/policy"] < 0.6
     assert rows[-1]["accuracy"] == 1
     assert same_weights(reference, toy_model(0))
+
+
+def test_dpo_takes_a_minibatch_of_pairs_an_update(monkeypatch):
+    sizes = []
+    plain = p3o.collate
+
+    def watched(prompts, *rest):
+        sizes.append(len(prompts))
+        return plain(prompts, *rest)
+
+    monkeypatch.setattr(p3o, "collate", watched)
+    examples = [p3o.Example([0], [0, 3], [1, 3], None)] * 100
+    cfg = toy_config(iterations=1, pairs=32, minibatch=16)
+    relatives.train_dpo(toy_model(0), toy_model(0), examples, cfg, nothing)
+    assert set(sizes) == {16}
 
 
 def test_dpos_gradient_is_that_of_its_loss(monkeypatch):
@@ -460,3 +491,33 @@ def test_learning_both_at_once_is_blind_to_an_offset(exact, monkeypatch):
     for a, b in ((plain, moved), (plain_reward, moved_reward)):
         for x, y in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.allclose(x, y, atol=1e-4)
+
+
+def test_learning_both_at_once_goes_through_all_preferences(monkeypatch):
+    """And makes P3O's update, with the KL to the reference, not to the policy that sampled."""
+    seen, given = [], []
+    score_pairs, loss = p3o.score_pairs, p3o.p3o_loss
+
+    def watched_pairs(model, batch):
+        seen.append(tuple(example.chosen[0] for example in batch))
+        return score_pairs(model, batch)
+
+    def watched_loss(logprobs, old, ref, scores, **options):
+        given.append((old, ref, options["beta"]))
+        return loss(logprobs, old, ref, scores, **options)
+
+    monkeypatch.setattr(p3o, "score_pairs", watched_pairs)
+    monkeypatch.setattr(p3o, "p3o_loss", watched_loss)
+    demos = [p3o.Example([0], [0, 3], [1, 3], None)] * 32
+    preferences = [p3o.Example([0], [i % 3, i // 3 % 3, 3], [1, 1, 1, 3], None) for i in range(96)]
+    order = [example.chosen[:2] for example in preferences]
+    assert len(set(map(tuple, order))) == 9
+    cfg = toy_config(iterations=2, pairs=32, minibatch=16, inner_epochs=1, beta=0.3, reward_lr=0.01)
+    models = (toy_model(0), toy_model(1), toy_critic())
+    torch.manual_seed(0)
+    relatives.train_jointly(*models, demos, preferences, cfg, nothing)
+    assert len(seen) == 4
+    assert len(set(seen)) == 4, "other preferences in each update"
+    for old, ref, beta in given:
+        assert beta == 0.3
+        assert (old - ref).abs().min() > 1e-4

@@ -5,9 +5,9 @@
     python tests/tools/compare.py --show             # what the rows say
 
 Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py --small), takes the
-same prompts, as many samples and as many updates, and is one row of data/comparison.csv. Rows that
-are there are not run again. Learning rate and clip of each method are those that did best in the
-tuning, whose seeds are not used afterwards.
+same prompts and makes as many updates, on as many samples unless the part is about their reuse, and
+is one row of data/comparison.csv. Rows that are there are not run again. Learning rate and clip of
+each method are those that did best in the tuning, whose seeds are not used afterwards.
 """
 
 import argparse
@@ -272,7 +272,7 @@ def key_of(row: dict) -> tuple:
 
 
 def reached(rows: pandas.DataFrame) -> pandas.Series:
-    """What every method climbs, in its own seed's score: r − β KL."""
+    """r − β KL in its own seed's score: what all methods but GRPO and DPO climb."""
     return rows.score - rows.beta * rows.kl
 
 
@@ -399,8 +399,8 @@ def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:
         zero = rows[middle].groupby("seed")[figure].mean()
         rows[figure] -= rows.seed.map(zero)
     found = rows.part == part
-    if part not in ("frontier", "gaming", "joint"):
-        found |= middle
+    if part not in ("frontier", "joint"):
+        found |= middle & rows.seed.isin(rows[found].seed)
     return rows[found]
 
 
@@ -422,9 +422,11 @@ def change(rows: pandas.DataFrame, part: str, column: str, value: float) -> dict
 
 
 def at_kl(rows: pandas.DataFrame, kl: float, figure: str) -> float:
-    """A figure on a seed's frontier at this KL, between the two nearest β."""
+    """A figure on a seed's frontier at this KL, between the two nearest β; NaN beyond its ends."""
     rows = rows.sort_values("kl")
-    return float(numpy.interp(kl, rows.kl, rows[figure]))
+    log_kl = numpy.log(rows.kl.clip(1e-3))  # against which the frontier is nearly straight
+    value = numpy.interp(math.log(kl), log_kl, rows[figure], left=math.nan, right=math.nan)
+    return float(value)
 
 
 def frontier_gaps(rows: pandas.DataFrame, kl: float, figure: str = "gold") -> dict[str, list]:
@@ -435,7 +437,9 @@ def frontier_gaps(rows: pandas.DataFrame, kl: float, figure: str = "gold") -> di
         gaps = []
         for seed, mine in rows[rows.method == method].groupby("seed"):
             base = rows[(rows.method == "V2") & (rows.seed == seed)]
-            gaps.append(at_kl(mine, kl, figure) - at_kl(base, kl, figure))
+            gap = at_kl(mine, kl, figure) - at_kl(base, kl, figure)
+            if not math.isnan(gap):
+                gaps.append(gap)
         if gaps:
             found[method] = gaps
     return found
@@ -490,7 +494,9 @@ def summary(rows: pandas.DataFrame) -> str:
         "16 passes, all at rate 1e-3": change(rows, "staleness, one rate", "epochs", 16),
         "r + δ(x), sd 10": change(rows, "offset", "offset", 10),
     }
-    lines = ["| method | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    seeds = {title: max(map(len, gaps.values()), default=0) for title, gaps in columns.items()}
+    titles = [f"{title}; {count} seeds" for title, count in seeds.items()]
+    lines = ["| method | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for method in METHODS:
         cells = [method]
         for gaps in columns.values():
@@ -515,7 +521,7 @@ def show(rows: pandas.DataFrame) -> None:
         for figure in ("kl", "score", "gold", "win_rate", "reached"):
             print(f"\nfrontier: {figure} by β")
             print(by(rows, "frontier", "beta", figure))
-        for kl in (1.0, 2.0, 4.0):
+        for kl in (1.0, 2.0):
             print(f"\nat a KL of {kl:g}, above V2 in score and in gold reward")
             scores = frontier_gaps(rows, kl, "score")
             for method, golds in frontier_gaps(rows, kl).items():

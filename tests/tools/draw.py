@@ -42,7 +42,7 @@ STYLE = {
 
 def line(axis: Axes, name: str, xs: list[float], samples: list[list[float]]) -> None:
     """Means over seeds, a point an x, with the 95 % band."""
-    color = (COLORS | JOINT_COLORS)[name]
+    color = COLORS[name]
     width = 2.2 if name == "V2" else 1.3
     style = LINES.get(name, "--")
     means, halves = zip(*map(compare.interval, samples), strict=True)
@@ -58,12 +58,15 @@ def legend(figure: Figure, axis: Axes) -> None:
 
 
 def frontier(rows: pandas.DataFrame) -> Figure:
-    """Score and gold reward against KL: a dot a run, a line through each β's means up to 5 nats."""
+    """Score and gold reward against KL: a dot a run, a cross if it lies beyond the axis.
+
+    A line goes through the means of each β at which no run went beyond 5 nats.
+    """
     rows = compare.part_of(rows, "frontier")
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
     titles = {
         "score": "Score: all but DPO and GRPO on one line",
-        "gold": "Gold reward: it turns near four nats",
+        "gold": "Gold reward: it turns at four to six nats",
     }
     panels = (
         ("score", "score, from the mean at β = 0.1", (-0.8, 1.6)),
@@ -72,10 +75,13 @@ def frontier(rows: pandas.DataFrame) -> Figure:
     for axis, (name, label, limits) in zip(axes, panels, strict=True):
         for method in compare.METHODS:
             mine = rows[rows.method == method]
-            axis.plot(mine.kl, mine[name], ".", color=COLORS[method], markersize=4, alpha=0.6)
+            shown = mine[name].clip(limits[0] + 0.1, limits[1] - 0.1)
+            axis.plot(mine.kl, shown, ".", color=COLORS[method], markersize=4, alpha=0.6)
+            beyond = shown != mine[name]
+            axis.plot(mine.kl[beyond], shown[beyond], "x", color=COLORS[method], markersize=5)
             kls, samples = [], []
             for _, found in mine.groupby("beta", sort=False):
-                if found.kl.max() < 5:  # beyond, a run may game the reward model, or not yet
+                if found.kl.max() < 5:  # beyond, some runs game the reward model, some do not
                     kls.append(found.kl.mean())
                     samples.append(list(found[name]))
             if kls:
@@ -92,8 +98,13 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
     """Score − β KL at other rates, on stale samples, under an offset."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), sharey=True)
     parts = (
-        ("rate", "lr", "learning rate", "One cliff for all"),
-        ("staleness", "epochs", "passes over the same samples", "Stale samples: a slope"),
+        ("rate", "lr", "learning rate", "Learning rate: a cliff at 4e-3 to 8e-3"),
+        (
+            "staleness",
+            "epochs",
+            "passes over the same samples",
+            "Stale samples: 16 passes cost all",
+        ),
         ("offset", "offset", "standard deviation of δ(x)", "δ(x): pairs do not notice"),
     )
     for axis, (part, column, label, title) in zip(axes, parts, strict=True):
@@ -110,7 +121,7 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
             axis.set_xscale("symlog", base=2, linthresh=1)
             ticks = sorted(set(found[column]))
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes[0].set_ylabel("score − β KL, from the mean as tuned")
+    axes[0].set_ylabel("score − β KL, from the mean as tuned\n(cut at −1.5)")
     axes[0].set_ylim(-1.5, 0.3)
     legend(figure, axes[0])
     return figure
@@ -156,16 +167,20 @@ def gaming(rows: pandas.DataFrame) -> Figure:
 
 
 def joint(rows: pandas.DataFrame) -> Figure:
-    """Gold reward by the share of the preferences: stage after stage, and both at once."""
+    """Gold reward by the share of the preferences, in stages and at once: a dot a run."""
     rows = compare.part_of(rows, "joint")
     figure, axis = plt.subplots(figsize=(6.4, 3.4))
     for name in compare.JOINT:
-        mine = rows[rows.method == name].groupby("knob").gold
-        if len(mine):
-            line(axis, name, list(mine.groups), [list(values) for _, values in mine])
-    axis.set(xlabel="share of the 12,000 preferences", ylabel="gold reward, nats", xscale="log")
+        mine = rows[rows.method == name]
+        means = mine.groupby("knob").gold.mean()
+        axis.plot(means.index, means, "-", color=JOINT_COLORS[name], label=name)
+        axis.plot(mine.knob, mine.gold, ".", color=JOINT_COLORS[name])
+    axis.set(xlabel="share of the 12,000 preferences", xscale="log", ylim=(-4, 6))
+    axis.set_ylabel("gold reward, nats (cut at −4)")
     axis.set_xticks(compare.SHARES, [f"{share:.0%}" for share in compare.SHARES], minor=False)
-    axis.set_title("Reward and policy learned at once, when preferences are scarce", loc="left")
+    axis.set_title(
+        "Learned at once: no better when preferences are scarce", loc="left", fontsize=10
+    )
     legend(figure, axis)
     return figure
 
