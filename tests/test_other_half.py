@@ -3,8 +3,9 @@
 import other_half
 import pytest
 import torch
+from conftest import QUICK
 from toys import status
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import p3o
 from data.preferences import InputError, load_pairs
@@ -45,6 +46,7 @@ def test_the_judge_learns_from_its_half_alone_and_both_judge_the_same_answers(
     ranked = {"own": [], "other": []}
     said = {"own": [], "other": []}
     answered = []
+    asked_for = [[], []]  # of the policy, of SFT
 
     def spy_train(model, examples, cfg, log):
         assert [example.text for example in examples] == other
@@ -71,9 +73,10 @@ def test_the_judge_learns_from_its_half_alone_and_both_judge_the_same_answers(
             said[name_of(model)].append((ids, scores.flatten()))
         return scores
 
-    def spy_sample(model, *rest):
+    def spy_sample(model, prompts, *rest):
         answered.append(model)
-        return sample(model, *rest)
+        asked_for[len(answered) % 2] += prompts
+        return sample(model, prompts, *rest)
 
     monkeypatch.setattr(p3o, "train_reward", spy_train)
     monkeypatch.setattr(p3o, "score_pairs", spy_pairs)
@@ -81,6 +84,10 @@ def test_the_judge_learns_from_its_half_alone_and_both_judge_the_same_answers(
     monkeypatch.setattr(p3o, "sample", spy_sample)
     figures = other_half.judge(out, str(halves / "other"))
 
+    tokenizer = AutoTokenizer.from_pretrained(out / "sft")
+    cfg = p3o.Config(**p3o.SMALL | QUICK)
+    examples = p3o.tokenize(heldout, tokenizer, cfg)[: cfg.eval_prompts]
+    assert asked_for == [[example.prompt for example in examples]] * 2
     for turn, model in enumerate(answered):
         assert same(model, p3o.load(out / ("sft", "p3o")[turn % 2]))
     wins = {}

@@ -3,6 +3,7 @@
 The code is taken from the README as it stands.
 """
 
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from tokenizers.processors import TemplateProcessing
 
 import p3o
 
@@ -122,6 +124,55 @@ def test_loss_and_gradient_are_p3os_at_every_update_and_pairs_stay_together(
     assert drifts[0] < 1e-4 < 0.01 < max(drifts), "many updates to each sample"
 
 
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
+        dict(per_device_train_batch_size=3, gradient_accumulation_steps=2),
+        dict(num_generations=4),
+        dict(normalize_advantages=True),
+        dict(reward_clip_range=(-1.0, 1.0)),
+        dict(mask_truncated_completions=True),
+    ),
+    ids=str,
+)
+def test_what_would_tear_pairs_or_change_the_method_is_refused(script, tmp_path, options):
+    with pytest.raises(ValueError, match="P3O"):
+        trainer_of(script, tmp_path, **options)
+
+
+def test_prompts_are_those_of_the_stages_before(script, tmp_path, monkeypatch):
+    """Cut as p3o.py cuts them, and without the special token that a tokenizer adds by itself."""
+    tokenizer = copy.deepcopy(script.tokenizer)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    adds = TemplateProcessing(single=f"{end[0]} $A", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = adds
+    assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
+    monkeypatch.setattr(script, "tokenizer", tokenizer)
+    monkeypatch.setattr(script, "prompt_tokens", 12)
+    pairs, _ = script.load_pairs("data")
+    expected = {tuple(p3o.tokenize_prompt(pair.prompt, tokenizer, 12)) for pair in pairs[:40]}
+    scored, sampled = [], []
+    collate = script.collate
+
+    def spy(prompts, *rest):
+        scored.extend(map(tuple, prompts))
+        return collate(prompts, *rest)
+
+    class Watched(script.P3OTrainer):
+        def _compute_loss(self, model, inputs):
+            rows = {key: value.flatten(0, 1) for key, value in inputs.items()}
+            for ids, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True):
+                sampled.append(tuple(ids[mask.bool()].tolist()))
+            return super()._compute_loss(model, inputs)
+
+    monkeypatch.setattr(script, "collate", spy)
+    trainer_of(script, tmp_path, Watched, max_steps=1).train()
+    assert set(sampled) <= expected
+    assert set(scored) <= expected
+    assert sampled and scored
+
+
 def weights(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -173,7 +224,7 @@ def test_an_adapter_learns_and_the_model_below_stays(script, tmp_path):
     from peft import LoraConfig
 
     lora = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
-    trainer = trainer_of(script, tmp_path, peft_config=lora, learning_rate=1e-2)
+    trainer = trainer_of(script, tmp_path, peft_config=lora, learning_rate=1e-2, max_steps=8)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
@@ -181,6 +232,7 @@ def test_an_adapter_learns_and_the_model_below_stays(script, tmp_path):
     assert all("lora" in name for name in changed)
     kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     assert kl[0] == pytest.approx(0, abs=1e-5), "the reference is the model without its adapter"
+    assert abs(kl[-1]) > 1e-4, "and not the model with it"
 
 
 PRESET = '''

@@ -7,7 +7,8 @@
 The run's own reward model is what the policy was trained to please, weak spots included, so a win
 rate by it flatters. `split` deals the training prompts out, half to the run and half to the judge;
 both hold out the same pairs. `judge` trains a second reward model on the other half, with the run's
-options, and lets both judge the same answers. The second is fallible too, but not to be gamed.
+options, and lets both judge the same answers. The second is fallible too, and starts from the same
+SFT model, but the policy was not trained to please it.
 """
 
 import argparse
