@@ -393,6 +393,13 @@ def test_the_pictures_show_each_method_with_its_values():
     dots = figure.axes[0].get_lines()[0]
     assert len(dots.get_xdata()) == 3 * len(compare.BETAS)
     plt.close(figure)
+    far = rows.copy()
+    far.loc[(far.part == "frontier") & (far.beta == 0.025), "gold"] = -50.0
+    figure = draw.frontier(far)
+    crosses = [line for line in figure.axes[1].get_lines() if line.get_marker() == "x"]
+    assert [len(line.get_xdata()) for line in crosses] == [3] * len(compare.METHODS)
+    assert crosses[0].get_ydata().min() > figure.axes[1].get_ylim()[0], "within the picture"
+    plt.close(figure)
     figure = draw.sensitivity(rows)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert set(lines) == set(compare.METHODS) - {"DPO"}

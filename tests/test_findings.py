@@ -108,6 +108,12 @@ def test_at_8e_3_all_that_ran_there_have_fallen(method):
     assert_differs(compare.change(ROWS, "rate", "lr", 8e-3)[method])
 
 
+def test_at_8e_3_ppo_loses_least_in_each_seed():
+    changes = compare.change(ROWS, "rate", "lr", 8e-3)
+    for gaps in zip(*changes.values(), strict=True):
+        assert max(gaps) == dict(zip(changes, gaps, strict=True))["PPO"]
+
+
 def test_at_4e_3_online_dpo_and_grpo_fall_and_the_others_stand():
     for method, gaps in compare.change(ROWS, "rate", "lr", 4e-3).items():
         if method in ("online DPO", "GRPO"):
