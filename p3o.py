@@ -62,6 +62,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -187,14 +188,14 @@ def collate(
     Both are (N, T), T the length of the longest row, on the model's device. The mask is True on
     each response token, EOS included, and nowhere else.
     """
-    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
-    pad = model.config.pad_token_id
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)  # (N, T)
-    start = torch.tensor([[len(prompt)] for prompt in prompts])  # (N, 1)
-    end = torch.tensor([[len(row)] for row in rows])  # (N, 1)
-    # NOTE from positions, not from ids != pad: with pad = EOS, that would hide the EOS action
-    column = torch.arange(ids.shape[1])  # (T,)
-    response_mask = (column >= start) & (column < end)  # (N, T)
+    rows = []
+    masks = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        rows.append(torch.tensor(prompt + response))
+        # NOTE not from ids != pad: with pad = EOS, that would hide the EOS action
+        masks.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
+    ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
+    response_mask = pad_sequence(masks, batch_first=True)  # (N, T), False on padding
     return ids.to(model.device), response_mask.to(model.device)
 
 
@@ -250,7 +251,7 @@ def sample(
     pad = model.config.pad_token_id
     padded = [[pad] * (longest - len(row)) + row for row in rows]
     ids = torch.tensor(padded, device=model.device)  # (N, P)
-    left = torch.tensor([[longest - len(row)] for row in rows]).to(model.device)  # (N, 1)
+    left = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
     unread = ids  # what the model has not seen yet: the prompts, then one token a row
     unfinished = torch.ones_like(left).bool()  # (N, 1)
     drawn_mask = []  # (N, 1) each
@@ -295,15 +296,15 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     the vocabulary (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model
     is in, and other positions' hidden states, NaN or not, are never used.
     """
-    flat = ids.flatten(0, -2)  # (N, T)
-    predicted = response_mask.flatten(0, -2)[:, 1:]  # (N, T−1): True where t+1 is response
-    hidden = model.base_model(flat).last_hidden_state[:, :-1]  # (N, T−1, D): after token t
-    logits = model.get_output_embeddings()(hidden[predicted]).float()  # (n, V)
-    targets = flat[:, 1:][predicted]  # (n,)
+    predicted = response_mask[..., 1:]  # (…, T−1): True where t+1 is response
+    end = predicted.nonzero()[:, -1].max() + 1  # of what is used
+    hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
+    used = hidden[predicted.flatten(0, -2)[:, :end]]  # (n, D): after token t
+    logits = model.get_output_embeddings()(used).float()  # (n, V)
+    targets = ids[..., 1:][predicted]  # (n,)
     picked = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    zeros = torch.zeros(predicted.shape, device=ids.device)  # (N, T−1)
-    logprobs = zeros.masked_scatter(predicted, picked)  # (N, T−1)
-    return logprobs.view(*ids.shape[:-1], -1)
+    zeros = torch.zeros(predicted.shape, device=ids.device)  # (…, T−1)
+    return zeros.masked_scatter(predicted, picked)
 
 
 def sequence_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -318,10 +319,10 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     (N, T) under `mixed_precision`; no other hidden state is used. The library's own forward gives
     the same score.
     """
-    with mixed_precision:
-        hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state  # (N, T, D)
     column = torch.arange(ids.shape[-1], device=ids.device)  # (T,)
     last = (column * response_mask.flatten(0, -2)).argmax(-1)  # (N,): the last True
+    with mixed_precision:  # (N, t, D), up to the last token that is used
+        hidden = model.base_model(ids.flatten(0, -2)[:, : last.max() + 1]).last_hidden_state
     row = torch.arange(len(last), device=ids.device)  # (N,)
     return model.score(hidden[row, last]).float().view(ids.shape[:-1])
 
@@ -479,6 +480,8 @@ def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log
     optimizer = make_optimizer([{"params": policy.parameters()}])
     bar = tqdm(batches, "1 SFT   ")
     for step, batch in enumerate(bar):
+        # micro-batches of rows alike in length have little padding to compute
+        batch.sort(key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in batch]
         chosen = [example.chosen for example in batch]
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
@@ -508,6 +511,7 @@ def train_reward(
     optimizer = make_optimizer([body, head])
     bar = tqdm(batches, "2 reward")
     for step, batch in enumerate(bar):
+        batch.sort(key=lambda example: len(example.prompt))
         total = 0.0
         accuracy = 0.0
         for i in range(0, len(batch), cfg.micro_batch):
@@ -521,8 +525,7 @@ def train_reward(
             self_check("reward loss starts at ln 2", abs(total - math.log(2)) < 1e-6)
         lr = learning_rate(cfg.reward_lr, step, steps)
         norm = gradient_step(model, optimizer, lr)
-        row = {"reward/loss": total, "reward/accuracy": accuracy, "reward/grad_norm": norm}
-        log(step, row)
+        log(step, {"reward/loss": total, "reward/accuracy": accuracy, "reward/grad_norm": norm})
         bar.set_postfix(loss=total, accuracy=accuracy)
 
 
@@ -591,28 +594,31 @@ def train_policy(
         lr = learning_rate(cfg.lr, iteration, cfg.iterations)
 
         # 1. two responses to each prompt, (B, 2, T); from here to the loss a pair is a row
+        batches[iteration].sort(key=len)  # as in stage 1
         ids, response_mask = sample(policy, batches[iteration], 2, cfg.response_tokens)
 
         # 2. what does not change during the inner epochs, (B, 2) each
-        # in parts of the same size as below, so that ratios start at 1 to the last bit
-        size = min(cfg.micro_batch, cfg.minibatch)
-        policy_logprobs = partial(sequence_logprobs, policy)
-        reference_logprobs = partial(sequence_logprobs, reference)
-        scores = in_parts(score, size, ids, response_mask)
-        old_logprobs = in_parts(policy_logprobs, size, ids, response_mask)
-        ref_logprobs = in_parts(reference_logprobs, size, ids, response_mask)
+        scores = in_parts(score, cfg.micro_batch, ids, response_mask)
+        old_logprobs = in_parts(
+            partial(sequence_logprobs, policy), cfg.micro_batch, ids, response_mask
+        )
+        ref_logprobs = in_parts(
+            partial(sequence_logprobs, reference), cfg.micro_batch, ids, response_mask
+        )
 
         # 3. updates on minibatches of pairs
-        new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
         sums = defaultdict(float)  # of each metric, over the pairs of all updates
         for _ in range(cfg.inner_epochs):
             for minibatch in torch.randperm(cfg.pairs).split(cfg.minibatch):
-                for part in minibatch.split(cfg.micro_batch):
+                for part in minibatch.sort().values.split(cfg.micro_batch):
                     # (b, 2) each
                     logprobs = sequence_logprobs(policy, ids[part], response_mask[part])
                     old = old_logprobs[part]
                     ref = ref_logprobs[part]
-                    new_logprobs[part] = logprobs.detach()
+                    if iteration == 0 and not sums:  # nothing was updated yet
+                        drift = torch.stack([old, ref]) - logprobs  # (2, b, 2)
+                        none = drift.abs().max() < (0.05 if BF16 else 1e-4)  # nats
+                        self_check("ratio = 1 and KL = 0 before the first update", none)
                     loss, metrics = loss_fn(
                         logprobs,
                         old,
@@ -627,10 +633,6 @@ def train_policy(
                     sums["loss/policy"] += loss.detach() * len(part)
                     for key, value in metrics.items():
                         sums[key] += value * len(part)
-                if not optimizer.state:  # nothing was updated yet
-                    drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
-                    none = drift.abs().max() < (0.05 if BF16 else 1e-4)  # nats
-                    self_check("ratio = 1 and KL = 0 before the first update", none)
                 norm = gradient_step(policy, optimizer, lr)
                 sums["policy/grad_norm"] += norm * len(minibatch)
 
@@ -672,7 +674,7 @@ def evaluate(
         ranked += (scores[:, 0] > scores[:, 1]).tolist()
     figures = defaultdict(list, reward_accuracy=ranked)
     texts = [example.text for example in examples]
-    answers = {"sft": [], "policy": []}
+    answers = defaultdict(list)
     for batch in parts_of(examples[: cfg.eval_prompts], cfg.minibatch, "  answers"):
         prompts = [example.prompt for example in batch]
         for name, model in (("sft", sft), ("policy", policy)):
@@ -811,8 +813,7 @@ def run(cfg: Config) -> None:
     if not examples or len(heldout[: cfg.eval_prompts]) < 2:  # one figure has no interval
         raise InputError("too few pairs are left; see --response-tokens and --eval-prompts")
     out = open_out(cfg, (train_pairs, heldout_pairs))
-    counts = f"{len(examples)} training and {len(heldout)} held-out pairs"
-    print(f"{counts}, on {DEVICE}, in {out}")
+    print(f"{len(examples)} training and {len(heldout)} held-out pairs, on {DEVICE}, in {out}")
 
     if starts(cfg, "sft"):
         train_sft(policy, examples, cfg, Log(out / "sft.jsonl"))
@@ -831,8 +832,9 @@ def run(cfg: Config) -> None:
     if starts(cfg, "p3o"):
         policy = load(out / "sft")
         score = partial(reward_scores, reward_model)
-        log = Log(out / "p3o.jsonl")
-        train_policy(policy, sft, score, prompts, cfg, log, checkpoint=checkpoint)
+        train_policy(
+            policy, sft, score, prompts, cfg, Log(out / "p3o.jsonl"), checkpoint=checkpoint
+        )
         save(out / "p3o", policy, tokenizer)
     checkpoint.unlink(missing_ok=True)
     policy = load(out / "p3o")

@@ -57,6 +57,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "resuming: needs train_policy's checkpoint, no problem's task"
     )
+    config.addinivalue_line("markers", "padding: what it costs, which no problem asks for")
     for number, (function, what) in enumerate(PROBLEMS.items(), 1):
         config.addinivalue_line("markers", f"problem_{number}: {function}: {what}")
 

@@ -173,6 +173,34 @@ def test_prompts_are_those_of_the_stages_before(script, tmp_path, monkeypatch):
     assert sampled and scored
 
 
+def test_micro_batches_add_up_to_one_update(script, tmp_path):
+    """Four pairs at once, or one by one; SGD, since AdamW does not see a factor."""
+    ends = []
+    for rows, micro_batches in ((8, 1), (2, 4)):
+        options = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=micro_batches)
+        options |= dict(steps_per_generation=2 * micro_batches, max_steps=4)
+        options |= dict(optim="sgd", learning_rate=0.1, max_grad_norm=1e9)
+        trainer = trainer_of(script, tmp_path, **options)
+        start = weights(trainer).clone()
+        trainer.train()
+        ends.append(weights(trainer))
+    assert (ends[0] - start).abs().max() > 1e-2
+    assert torch.allclose(*ends, atol=1e-4)
+
+
+def test_what_is_sampled_does_not_depend_on_padding(script, tmp_path):
+    """The likeliest continuation of a short prompt, alone and padded beside a longer one."""
+    model = trainer_of(script, tmp_path).model
+    prompts = [[10, 11, 12], [20 + i for i in range(12)]]
+    batch = script.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
+    greedy = dict(do_sample=False, max_new_tokens=8)
+    beside = model.generate(**batch, **greedy)[:, 12:]
+    for row, prompt in zip(beside, prompts, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, len(prompt) :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+
+
 def weights(trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -293,11 +321,19 @@ def test_two_processes_make_the_updates_of_one(folder):
 
 
 def test_the_readmes_script_runs_as_it_stands(folder):
-    """But for its length; `accelerate launch` with two processes, and the model is saved."""
-    assert CODE.count("max_steps=320") == 1
-    short = CODE.replace("max_steps=320", "max_steps=2")
-    short += '    print(trainer.accelerator.num_processes, "processes")\n'
-    (folder / "short.py").write_text(short)
-    assert "2 processes" in launch(folder, 2, "short.py")
+    """But for its length; `accelerate launch` with two processes, stopped and given again."""
+    for line in ("max_steps=320", "save_steps=80"):
+        assert CODE.count(line) == 1
+    ending = '    print(trainer.accelerator.num_processes, "processes")\n'
+    made = []
+    for steps in (4, 8):
+        short = CODE.replace("max_steps=320", f"max_steps={steps}")
+        short = short.replace("save_steps=80", "save_steps=4") + ending
+        (folder / "short.py").write_text(short)
+        assert "2 processes" in launch(folder, 2, "short.py")
+        first = folder / "runs" / "trl" / "checkpoint-4" / "model.safetensors"
+        made.append(first.stat().st_mtime_ns)
+    assert made[0] == made[1], "it began again"
+    assert (folder / "runs" / "trl" / "checkpoint-8").exists()
     assert (folder / "runs" / "trl" / "model.safetensors").exists()
     assert "accelerate launch --multi_gpu --num_processes 8 trl_p3o.py" in SECTION

@@ -72,14 +72,14 @@ def every_response() -> list[list[int]]:
 
 def by_hand(prompts: list[list[int]], responses: list[list[int]], pad: int):
     """ids and response_mask, (N, T), without `collate`: these tests need nothing but torch."""
-    ids = []
-    mask = []
-    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    for prompt, response in zip(prompts, responses, strict=True):
-        padding = width - len(prompt) - len(response)
-        ids.append(prompt + response + [pad] * padding)
-        mask.append([False] * len(prompt) + [True] * len(response) + [False] * padding)
-    return torch.tensor(ids), torch.tensor(mask)
+    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, len(prompts[number]) : len(row)] = True
+    return ids, mask
 
 
 def toy_batch(prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

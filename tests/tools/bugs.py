@@ -42,20 +42,20 @@ BUGS = [
     ),
     Bug(
         "mask one token short: EOS excluded",
-        "& (column < end)",
-        "& (column < end - 1)",
+        "[True] * len(response)",
+        "[True] * (len(response) - 1) + [False]",
         "test_the_mask_covers_the_response_and_its_eos_and_nothing_else",
     ),
     Bug(
         "mask begins at the last prompt token",
-        "(column >= start)",
-        "(column >= start - 1)",
+        "[False] * len(prompt) + [True] * len(response)",
+        "[False] * (len(prompt) - 1) + [True] * (len(response) + 1)",
         "test_the_mask_covers_the_response_and_its_eos_and_nothing_else",
     ),
     Bug(
         "mask from ids, not positions: hides EOS where it is the padding",
-        "& (column < end)",
-        "& (ids != pad)",
+        "response_mask = pad_sequence(masks, batch_first=True)",
+        "response_mask = pad_sequence(masks, True) & (ids != model.config.pad_token_id)",
         "test_the_mask_keeps_eos_where_eos_is_the_padding_too",
     ),
     Bug(
@@ -114,22 +114,24 @@ BUGS = [
     ),
     Bug(
         "log-probs read at the token itself",
-        "hidden = model.base_model(flat).last_hidden_state[:, :-1]",
-        "hidden = model.base_model(flat).last_hidden_state[:, 1:]",
+        "hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state",
+        "hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state[:, 1 : end + 1]",
         "test_a_response_tokens_log_prob_is_read_one_position_earlier",
     ),
     Bug(
         "softmax in the model's precision",
-        "logits = model.get_output_embeddings()(hidden[predicted]).float()",
-        "logits = model.get_output_embeddings()(hidden[predicted])",
+        "logits = model.get_output_embeddings()(used).float()",
+        "logits = model.get_output_embeddings()(used)",
         "test_log_probs_are_computed_in_float32_even_in_a_bfloat16_model",
     ),
     Bug(
         "masked by multiplication: NaN · 0 is NaN",
-        ("    logprobs = zeros.masked_scatter(predicted, picked)  # (N, T−1)\n"),
+        ("    return zeros.masked_scatter(predicted, picked)\n"),
         (
             "    every = model.get_output_embeddings()(hidden).float().log_softmax(-1)\n"
-            "    logprobs = every.gather(-1, flat[:, 1:, None])[..., 0] * predicted\n"
+            "    following = ids.flatten(0, -2)[:, 1 : end + 1, None]\n"
+            "    zeros.view(len(hidden), -1)[:, :end] = every.gather(-1, following)[..., 0]\n"
+            "    return zeros * predicted\n"
         ),
         "test_positions_outside_the_response_are_left_out_not_multiplied_by_zero",
     ),
@@ -314,9 +316,15 @@ BUGS = [
         "test_the_gain_does_not_depend_on_an_offset_of_the_reward",
     ),
     Bug(
+        "places in the minibatch taken for places in the batch",
+        "minibatch.sort().values",
+        "minibatch.sort().indices",
+        "test_each_pass_sees_each_pair_once_and_each_iteration_new_pairs",
+    ),
+    Bug(
         "KL to the sampling policy, not to the reference",
-        "reference_logprobs = partial(sequence_logprobs, reference)",
-        "reference_logprobs = partial(sequence_logprobs, policy)",
+        "partial(sequence_logprobs, reference)",
+        "partial(sequence_logprobs, policy)",
         "test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference",
     ),
     Bug(

@@ -125,8 +125,8 @@ SICK = [
     Sick(
         "The reference is the policy itself.",
         "train_policy",
-        "reference_logprobs = partial(sequence_logprobs, reference)",
-        "reference_logprobs = partial(sequence_logprobs, policy)",
+        "ref_logprobs = in_parts(\n            partial(sequence_logprobs, reference)",
+        "ref_logprobs = in_parts(\n            partial(sequence_logprobs, policy)",
         "objective/kl is exactly 0 in every iteration; kl_policy in output.txt is 182. "
         "Nothing holds the policy back: the score rises to 3.6, the gold reward falls to −13.",
     ),
