@@ -290,14 +290,16 @@ def sample(
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """log π(y^t | x, y^<t) of each response token in nats, 0 elsewhere.
 
-    (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T); column t belongs
-    to token t+1, since none predicts the first. No attention mask: padding stands on the right,
+    (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T), or less than T
+    where padding is all that is left; column t belongs to token t+1, since none predicts the
+    first. No attention mask: padding stands on the right,
     where a causal model never looks, and positions count from 0. Only response positions meet
     the vocabulary (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model
     is in, and other positions' hidden states, NaN or not, are never used.
     """
     predicted = response_mask[..., 1:]  # (…, T−1): True where t+1 is response
-    end = predicted.nonzero()[:, -1].max() + 1  # of what is used
+    # the cumsum reaches its maximum at the last True; nothing behind it is computed
+    end = predicted.cumsum(-1).argmax(-1).max() + 1
     hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
     used = hidden[predicted.flatten(0, -2)[:, :end]]  # (n, D): after token t
     logits = model.get_output_embeddings()(used).float()  # (n, V)
@@ -316,13 +318,13 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     """r(x, y), one score a response, read at its last token, EOS included: (…) from (…, T).
 
     `model.score`, in fp32, of that token's hidden state, which `model.base_model` gives for ids
-    (N, T) under `mixed_precision`; no other hidden state is used. The library's own forward gives
-    the same score.
+    (N, T), or their beginnings, under `mixed_precision`; no other hidden state is used. The
+    library's own forward gives the same score.
     """
-    column = torch.arange(ids.shape[-1], device=ids.device)  # (T,)
-    last = (column * response_mask.flatten(0, -2)).argmax(-1)  # (N,): the last True
-    with mixed_precision:  # (N, t, D), up to the last token that is used
-        hidden = model.base_model(ids.flatten(0, -2)[:, : last.max() + 1]).last_hidden_state
+    last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)  # (N,): the last True
+    end = last.max() + 1
+    with mixed_precision:
+        hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
     row = torch.arange(len(last), device=ids.device)  # (N,)
     return model.score(hidden[row, last]).float().view(ids.shape[:-1])
 
@@ -480,7 +482,7 @@ def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log
     optimizer = make_optimizer([{"params": policy.parameters()}])
     bar = tqdm(batches, "1 SFT   ")
     for step, batch in enumerate(bar):
-        # micro-batches of rows alike in length have little padding to compute
+        # prompts alike in length share a micro-batch: behind its longest row nothing is computed
         batch.sort(key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in batch]
         chosen = [example.chosen for example in batch]
@@ -511,7 +513,7 @@ def train_reward(
     optimizer = make_optimizer([body, head])
     bar = tqdm(batches, "2 reward")
     for step, batch in enumerate(bar):
-        batch.sort(key=lambda example: len(example.prompt))
+        batch.sort(key=lambda example: len(example.prompt))  # as in stage 1
         total = 0.0
         accuracy = 0.0
         for i in range(0, len(batch), cfg.micro_batch):
@@ -566,13 +568,13 @@ def train_policy(
 ) -> None:
     """Sample a pair for each of cfg.pairs prompts, score it, update, throw the pairs away.
 
-    The prompts of iteration t are shuffled(prompts, cfg.pairs, cfg.iterations)[t], its learning
-    rate learning_rate(cfg.lr, t, cfg.iterations). `score` gives (B, 2) scores for ids and mask
-    (B, 2, T); `loss_fn` takes what `p3o_loss` does, with cfg's beta, clip and clip_range. Each
-    of cfg.inner_epochs shuffles the pairs, and makes a gradient_step on each cfg.minibatch of
-    them, its gradient that of the mean loss, by cfg.micro_batch pairs at a time. No dropout, no
-    weight decay. Log-probs are computed alike everywhere, so that before the first update,
-    where `self_check` says so, ratio = 1 and KL = 0.
+    The prompts of iteration t are shuffled(prompts, cfg.pairs, cfg.iterations)[t], in any order,
+    its learning rate is learning_rate(cfg.lr, t, cfg.iterations). `score` gives (B, 2) scores for
+    ids and mask (B, 2, T); `loss_fn` takes what `p3o_loss` does, with cfg's beta, clip and
+    clip_range. Each of cfg.inner_epochs shuffles the pairs, and makes a gradient_step on each
+    cfg.minibatch of them, its gradient that of the mean loss, by cfg.micro_batch pairs at a time.
+    No dropout, no weight decay. Log-probs are computed alike everywhere, so that before the first
+    update, where `self_check` says so, ratio = 1 and KL = 0, up to rounding.
     log(t, metrics), once an iteration, gets the means of loss_fn's metrics, loss/policy and
     policy/grad_norm over the pairs updated on, and over the samples those of objective/scores,
     objective/kl (log π_old − log π_ref), objective/entropy (−log π_old), response/length and
@@ -607,18 +609,17 @@ def train_policy(
         )
 
         # 3. updates on minibatches of pairs
+        new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
         sums = defaultdict(float)  # of each metric, over the pairs of all updates
         for _ in range(cfg.inner_epochs):
             for minibatch in torch.randperm(cfg.pairs).split(cfg.minibatch):
+                # in the order of the batch, by length of the prompt
                 for part in minibatch.sort().values.split(cfg.micro_batch):
                     # (b, 2) each
                     logprobs = sequence_logprobs(policy, ids[part], response_mask[part])
                     old = old_logprobs[part]
                     ref = ref_logprobs[part]
-                    if iteration == 0 and not sums:  # nothing was updated yet
-                        drift = torch.stack([old, ref]) - logprobs  # (2, b, 2)
-                        none = drift.abs().max() < (0.05 if BF16 else 1e-4)  # nats
-                        self_check("ratio = 1 and KL = 0 before the first update", none)
+                    new_logprobs[part] = logprobs.detach()
                     loss, metrics = loss_fn(
                         logprobs,
                         old,
@@ -633,6 +634,10 @@ def train_policy(
                     sums["loss/policy"] += loss.detach() * len(part)
                     for key, value in metrics.items():
                         sums[key] += value * len(part)
+                if not optimizer.state:  # nothing was updated yet
+                    drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
+                    none = drift.abs().max() < (1.0 if BF16 else 0.01)  # nats, by rounding
+                    self_check("ratio = 1 and KL = 0 before the first update", none)
                 norm = gradient_step(policy, optimizer, lr)
                 sums["policy/grad_norm"] += norm * len(minibatch)
 

@@ -148,18 +148,15 @@ def test_it_goes_through_every_stage_and_the_library_chats_with_the_result(
     policy = pipeline("text-generation", str(out / "p3o"))
     assert policy.model.generation_config.eos_token_id == policy.tokenizer.eos_token_id
     chat = [{"role": "user", "content": "My bike is slow."}]
-    (answer,) = policy(chat, do_sample=False, max_new_tokens=8)
-    *before, turn = answer["generated_text"]
-    assert before == chat
+    given = []
+    generate = policy.model.generate
 
-    # the ids that the stages had, by hand: the likeliest token, eight times
-    tokenizer = policy.tokenizer
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids = p3o.tokenize_prompt(text, tokenizer, 96)
-    start = len(ids)
-    while len(ids) < start + 8 and tokenizer.eos_token_id not in ids[start:]:
-        with torch.no_grad():
-            ids.append(policy.model(torch.tensor([ids])).logits[0, -1].argmax().item())
-    expected = tokenizer.decode(ids[start:], skip_special_tokens=True)
-    assert expected.strip()
-    assert turn == {"role": "assistant", "content": expected}
+    def spy(**inputs):
+        given.extend(inputs["input_ids"].tolist())
+        return generate(**inputs)
+
+    policy.model.generate = spy
+    (answer,) = policy(chat, do_sample=True, top_k=0, max_new_tokens=8)
+    assert answer["generated_text"][:-1] == chat
+    text = policy.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert given == [p3o.tokenize_prompt(text, policy.tokenizer, 96)], "other ids than in training"

@@ -3,7 +3,7 @@ of a micro-batch, which are alike in length."""
 
 import pytest
 import torch
-from toys import even_share, nothing, small
+from toys import nothing, small
 
 import p3o
 
@@ -12,17 +12,15 @@ LENGTHS = [2, 20] * 8  # of prompts: in their own order, a batch would be half p
 
 
 class Columns:
-    """While in use, counts the tokens that a model's body is given, padding included."""
+    """While in use, notes how wide the rows are that a model's body is given."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.widths = []
-        self.tokens = 0
         self.body = model.base_model
 
     def count(self, module, arguments, options):
         (ids,) = arguments or [options["input_ids"]]
         self.widths.append(ids.shape[1])
-        self.tokens += ids.numel()
 
     def __enter__(self):
         self.handle = self.body.register_forward_pre_hook(self.count, with_kwargs=True)
@@ -62,20 +60,29 @@ def test_columns_behind_the_last_response_token_are_not_computed(tiny, examples)
     assert torch.allclose(scores, p3o.reward_scores(reward_model, ids, mask), atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "p3o"])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_micro_batches_are_alike_in_length(tiny, fresh, examples, stage):
     """Half of the prompts are a tenth as long as the others: so are half of the micro-batches."""
-    stage_3 = dict(iterations=1, pairs=16, minibatch=16, inner_epochs=1, response_tokens=1)
-    cfg = small(batch=16, epochs=1, micro_batch=4, **stage_3)
+    cfg = small(batch=16, epochs=1, micro_batch=4)
     model = fresh(tiny[stage == "reward"])
+    train = p3o.train_reward if stage == "reward" else p3o.train_sft
     with Columns(model) as seen:
-        if stage == "sft":
-            p3o.train_sft(model, examples, cfg, nothing)
-        elif stage == "reward":
-            p3o.train_reward(model, examples, cfg, nothing)
-        else:
-            prompts = [example.prompt for example in examples]
-            p3o.train_policy(model, tiny[0], even_share, prompts, cfg, nothing)
-    first, second, third, fourth = seen.widths[-4:]
-    assert max(first, second) < 6
-    assert min(third, fourth) > 19
+        train(model, examples, cfg, nothing)
+    assert seen.widths == ([5, 5, 23, 23] if stage == "reward" else [4, 4, 22, 22])
+
+
+def test_so_are_those_of_stage_3_in_scoring_and_in_each_update(tiny, fresh, examples):
+    sizes = dict(iterations=1, pairs=16, minibatch=16, inner_epochs=2, response_tokens=1)
+    cfg = small(micro_batch=4, **sizes)
+    policy, reference, reward_model = fresh(tiny[0]), fresh(tiny[0]), fresh(tiny[1])
+    prompts = [example.prompt for example in examples]
+
+    def score(ids, mask):
+        return p3o.reward_scores(reward_model, ids, mask)
+
+    with Columns(policy) as new, Columns(reference) as ref, Columns(reward_model) as scored:
+        p3o.train_policy(policy, reference, score, prompts, cfg, nothing)
+    parts = [2, 2, 20, 20]
+    assert new.widths == [20, *parts, *parts, *parts], "samples, old log-probs, two epochs"
+    assert ref.widths == parts
+    assert scored.widths == [3, 3, 21, 21]

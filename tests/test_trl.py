@@ -189,16 +189,22 @@ def test_micro_batches_add_up_to_one_update(script, tmp_path):
 
 
 def test_what_is_sampled_does_not_depend_on_padding(script, tmp_path):
-    """The likeliest continuation of a short prompt, alone and padded beside a longer one."""
-    model = trainer_of(script, tmp_path).model
+    """A short prompt, alone and padded beside a longer one: the same next token, positions
+    weighing much; and the library's sampling counts them in the same way."""
+    model = trainer_of(script, tmp_path).model.eval()
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(20)
     prompts = [[10, 11, 12], [20 + i for i in range(12)]]
     batch = script.tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
-    greedy = dict(do_sample=False, max_new_tokens=8)
-    beside = model.generate(**batch, **greedy)[:, 12:]
-    for row, prompt in zip(beside, prompts, strict=True):
+    greedy = dict(do_sample=False, max_new_tokens=6)
+    beside = model(**batch).logits[:, -1]
+    continued = model.generate(**batch, **greedy)[:, 12:]
+    for logits, row, prompt in zip(beside, continued, prompts, strict=True):
         ids = torch.tensor([prompt])
-        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, len(prompt) :]
-        assert row[: len(alone)].tolist() == alone.tolist()
+        alone = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert torch.allclose(model(**alone).logits[0, -1], logits, atol=1e-3)
+        expected = model.generate(**alone, **greedy)[0, len(prompt) :]
+        assert row[: len(expected)].tolist() == expected.tolist()
 
 
 def weights(trainer) -> torch.Tensor:
@@ -321,16 +327,16 @@ def test_two_processes_make_the_updates_of_one(folder):
 
 
 def test_the_readmes_script_runs_as_it_stands(folder):
-    """But for its length; `accelerate launch` with two processes, stopped and given again."""
+    """But for its length; `accelerate launch` with two processes, and on from a checkpoint."""
     for line in ("max_steps=320", "save_steps=80"):
         assert CODE.count(line) == 1
     ending = '    print(trainer.accelerator.num_processes, "processes")\n'
     made = []
-    for steps in (4, 8):
+    for steps, resume in ((4, []), (8, ["resume"])):
         short = CODE.replace("max_steps=320", f"max_steps={steps}")
         short = short.replace("save_steps=80", "save_steps=4") + ending
         (folder / "short.py").write_text(short)
-        assert "2 processes" in launch(folder, 2, "short.py")
+        assert "2 processes" in launch(folder, 2, "short.py", *resume)
         first = folder / "runs" / "trl" / "checkpoint-4" / "model.safetensors"
         made.append(first.stat().st_mtime_ns)
     assert made[0] == made[1], "it began again"

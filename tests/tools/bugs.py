@@ -137,8 +137,8 @@ BUGS = [
     ),
     Bug(
         "score read one token early",
-        "last = (column * response_mask.flatten(0, -2)).argmax(-1)",
-        "last = (column * response_mask.flatten(0, -2)).argmax(-1) - 1",
+        "last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)",
+        "last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1) - 1",
         "test_a_score_is_read_at_the_last_response_token",
     ),
     Bug(
