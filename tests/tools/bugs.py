@@ -114,8 +114,8 @@ BUGS = [
     ),
     Bug(
         "log-probs read at the token itself",
-        "hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state",
-        "hidden = model.base_model(ids.flatten(0, -2)).last_hidden_state[:, 1 : end + 1]",
+        "[:, :end]).last_hidden_state  # (N, end, D)\n    used",
+        "[:, : end + 1]).last_hidden_state[:, 1:]\n    used",
         "test_a_response_tokens_log_prob_is_read_one_position_earlier",
     ),
     Bug(
