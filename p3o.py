@@ -290,11 +290,10 @@ def sample(
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """log π(y^t | x, y^<t) of each response token in nats, 0 elsewhere.
 
-    (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T), or less than T
-    where padding is all that is left; column t belongs to token t+1, since none predicts the
-    first. No attention mask: padding stands on the right,
-    where a causal model never looks, and positions count from 0. Only response positions meet
-    the vocabulary (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model
+    (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T), or their
+    beginnings, up to what is used; column t belongs to token t+1, since none predicts the first.
+    No attention mask: padding stands on the right, where a causal model never looks, and
+    positions count from 0. Only response positions meet the vocabulary (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model
     is in, and other positions' hidden states, NaN or not, are never used.
     """
     predicted = response_mask[..., 1:]  # (…, T−1): True where t+1 is response
