@@ -293,8 +293,9 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T), or their
     beginnings, up to what is used; column t belongs to token t+1, since none predicts the first.
     No attention mask: padding stands on the right, where a causal model never looks, and
-    positions count from 0. Only response positions meet the vocabulary (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model
-    is in, and other positions' hidden states, NaN or not, are never used.
+    positions count from 0. Only response positions meet the vocabulary
+    (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model is in, and other
+    positions' hidden states, NaN or not, are never used.
     """
     predicted = response_mask[..., 1:]  # (…, T−1): True where t+1 is response
     # the cumsum reaches its maximum at the last True; nothing behind it is computed
