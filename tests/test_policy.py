@@ -89,6 +89,22 @@ def test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step(tiny, pro
         assert row["policy/clipfrac"] == 0
 
 
+def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, prompts, fresh):
+    """By less than half a nat: rounding is far below it."""
+    reference = fresh(tiny[0])
+    with torch.no_grad():
+        reference.get_input_embeddings().weight.mul_(1.002)
+    cfg = small(iterations=1, pairs=8, minibatch=8, response_tokens=8)
+    ids, mask = batch(tiny)
+    with torch.no_grad():
+        gap = p3o.sequence_logprobs(tiny[0], ids, mask) - p3o.sequence_logprobs(
+            reference, ids, mask
+        )
+    assert 0.001 < gap.abs().max() < 0.5
+    with pytest.raises(AssertionError, match="KL = 0"):
+        run_policy(tiny[0], reference, length_score, prompts, cfg)
+
+
 @pytest.mark.problem_8
 def test_in_mixed_precision_log_probs_are_float32_and_the_ratio_is_1(tiny, prompts, monkeypatch):
     """What a GPU does, with the CPU's bf16: old and new log-probs still agree."""
