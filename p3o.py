@@ -247,17 +247,16 @@ def sample(
     Only in here is padding on the left.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n
+    responses = [[] for _ in rows]
     longest = max(len(row) for row in rows)  # P
     pad = model.config.pad_token_id
     padded = [[pad] * (longest - len(row)) + row for row in rows]
-    ids = torch.tensor(padded, device=model.device)  # (N, P)
+    unread = torch.tensor(padded, device=model.device)  # (N, P): what the model has not seen
     left = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
-    unread = ids  # what the model has not seen yet: the prompts, then one token a row
-    unfinished = torch.ones_like(left).bool()  # (N, 1)
-    drawn_mask = []  # (N, 1) each
+    active = torch.arange(len(rows), device=model.device)  # (N,): the rows that go on
     cache = None
-    while len(drawn_mask) < max_tokens and unfinished.any():
-        column = torch.arange(ids.shape[1], device=model.device)  # (t,)
+    for length in range(longest, longest + max_tokens):
+        column = torch.arange(length, device=model.device)  # (t,)
         # NOTE position 0 is the first prompt token, padded or not, as in training
         positions = (column - left).clamp(min=0)  # (N, t)
         out = model.base_model(
@@ -276,12 +275,16 @@ def sample(
         point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
         drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
         unread = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
-        ids = torch.cat([ids, unread], 1)
-        drawn_mask.append(unfinished)
-        unfinished = unfinished & (unread != model.config.eos_token_id)
-    new = ids[:, longest:]  # (N, L), with what came after EOS
-    keep = torch.cat(drawn_mask, 1)  # (N, L)
-    responses = [row[mask].tolist() for row, mask in zip(new, keep, strict=True)]
+        for row, token in zip(active.tolist(), unread.flatten().tolist(), strict=True):
+            responses[row].append(token)
+        # rows that have ended leave the batch, and N shrinks
+        going = (unread != model.config.eos_token_id).flatten()  # (N,)
+        if not going.any():
+            break
+        cache.batch_select_indices(going)
+        unread = unread[going]
+        left = left[going]
+        active = active[going]
     ids, response_mask = collate(rows, responses, model)  # (N, T)
     return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
 

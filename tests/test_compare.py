@@ -74,7 +74,9 @@ def test_a_stopped_comparison_goes_on_with_what_is_missing(tmp_path, monkeypatch
     """The tuning comes first, since the rest is made of it; then seed after seed."""
     monkeypatch.setattr(compare, "ROWS", tmp_path / "rows.csv")
     monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(compare, "pipeline", lambda seed: None)
+    models = set()
+    monkeypatch.setattr(compare, "pipeline", models.add)
+    monkeypatch.setattr(compare, "made", models.__contains__)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     ran = []
 
@@ -99,6 +101,31 @@ def test_a_stopped_comparison_goes_on_with_what_is_missing(tmp_path, monkeypatch
     ran.clear()
     compare.run_all(("frontier", "tuning"), (0, 1))
     assert ran == []
+    assert models == {0, 1, *compare.TUNING_SEEDS}
+    models.remove(1)
+    before = compare.ROWS.read_bytes()
+    with pytest.raises(SystemExit, match=r"no models of seeds \[1\] in .*; choose other --seeds"):
+        compare.run_all(("rate",), (0, 1, 2))
+    assert compare.ROWS.read_bytes() == before
+    assert models == {0, *compare.TUNING_SEEDS}
+
+
+def test_a_seed_with_a_frontier_has_its_run_as_tuned_in_it():
+    rows = pandas.DataFrame([*ROWS_OF_THE_TUNING, row(part="frontier", seed=6)])
+    found = compare.trials("as tuned", rows, (5, 6))
+    online = [method for method in compare.METHODS if method != "DPO"]
+    assert [(trial.method, trial.seed) for trial in found] == [(method, 5) for method in online]
+    assert {(trial.beta, trial.epochs, trial.iterations) for trial in found} == {(0.1, 2, 80)}
+    assert found[0].lr == 1e-3
+
+
+@pytest.mark.parametrize("middle", ["frontier", "as tuned"])
+def test_a_change_is_against_the_run_as_tuned_of_the_same_seed(middle):
+    rows = [row(part=middle, seed=5, score=1.0), row(part="staleness", seed=5, score=0.25)]
+    rows[1]["epochs"] = 8
+    found = pandas.DataFrame(rows)
+    assert compare.change(found, "staleness", "epochs", 8) == {"V2": [-0.75]}
+    assert sorted(compare.part_of(found, "staleness").reached) == [-0.75, 0.0]
 
 
 def test_an_interval_is_students_over_seeds():

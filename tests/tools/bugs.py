@@ -96,20 +96,20 @@ BUGS = [
     ),
     Bug(
         "sampled EOS left out of the mask",
-        "drawn_mask.append(unfinished)",
-        "drawn_mask.append(unfinished & (unread != model.config.eos_token_id))",
+        "responses[row].append(token)",
+        "responses[row] += [token] * (token != model.config.eos_token_id)",
         "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
     ),
     Bug(
         "everything after EOS counts as response",
-        "drawn_mask.append(unfinished)",
-        "drawn_mask.append(torch.ones_like(unfinished))",
+        "going = (unread != model.config.eos_token_id).flatten()",
+        "going = torch.ones_like(active).bool()",
         "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
     ),
     Bug(
         "both responses of a pair from the same random numbers",
         "torch.rand_like(cdf[:, :1])",
-        "torch.rand_like(cdf[::n, :1]).repeat_interleave(n, 0)",
+        "torch.rand(len(prompts), 1, device=model.device)[active // n]",
         "test_the_two_responses_of_a_pair_are_independent",
     ),
     Bug(

@@ -7,7 +7,8 @@
 Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py --small), takes the
 same prompts and makes as many updates, on as many samples unless the part is about their reuse, and
 is one row of data/comparison.csv. Rows that are there are not run again. Learning rate and clip of
-each method are those that did best in the tuning, whose seeds are not used afterwards.
+each method are those that did best in the tuning, whose seeds are not used afterwards. A seed's
+rows belong to its models in runs/pipelines, and are not continued without them.
 """
 
 import argparse
@@ -48,9 +49,9 @@ TUNING_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4, 5)
 BETA = 0.1
 BETAS = (0.4, 0.2, 0.1, 0.05, 0.025)
-# beside the frontier's run at BETA, with the tuned rate, 2 epochs and no offset
+# beside the run as tuned: at BETA, with the tuned rate, 2 epochs and no offset
 RATES = (0.25, 2, 4, 8)  # times the tuned one
-EPOCHS = (1, 4, 16)  # on the same samples, with as many updates in all
+EPOCHS = (1, 4, 8, 16)  # on the same samples, with as many updates in all
 OFFSETS = (1, 3, 10)  # standard deviation of δ(x); methods that see pairs get only the last
 EVALUATED = 256  # held-out prompts
 WATCHED_EVERY = 40  # iterations of the long run
@@ -100,6 +101,7 @@ class Trial(NamedTuple):
 PARTS = (
     "tuning",
     "frontier",
+    "as tuned",
     "rate",
     "staleness",
     "staleness, one rate",
@@ -112,10 +114,14 @@ FIGURES = ("score", "gold", "kl", "win_rate", "finished", "points", "curve")
 
 
 # ---- One run -----------------------------------------------------------------------------
+def made(seed: int) -> bool:
+    return (PIPELINES / str(seed) / "summary.json").exists()
+
+
 def pipeline(seed: int) -> Path:
     """SFT and reward model of a seed, made once."""
     out = PIPELINES / str(seed)
-    if not (out / "summary.json").exists():
+    if not made(seed):
         options = dict(seed=seed, out=str(out), iterations=1, eval_prompts=2)
         p3o.run(p3o.Config(**p3o.SMALL | options))
     return out
@@ -326,6 +332,9 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
         base = Trial(part, method, seed, BETA, lr, knob)
         if part == "frontier":
             found += [base._replace(beta=beta) for beta in BETAS]
+        elif part == "as tuned":  # is of the frontier already, where a seed has one
+            if not ((rows.part == "frontier") & (rows.seed == seed)).any():
+                found.append(base)
         elif part == "rate":
             found += [base._replace(lr=lr * factor) for factor in RATES]
         elif part == "staleness":
@@ -346,13 +355,20 @@ def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
 
     The tunings come first, then all parts of a seed after those of the seed before.
     """
+    rows = read_rows()
+    lost = [seed for seed in seeds if seed in set(rows.seed) and not made(seed)]
+    if lost:
+        # models trained anew round otherwise, and have another zero of the score
+        sys.exit(f"compare.py: no models of seeds {lost} in {PIPELINES}; choose other --seeds")
     context = multiprocessing.get_context("spawn")
     os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has its tqdm already
     steps = [(part, seeds) for part in PARTS if part in parts and "tuning" in part]
     later = [part for part in PARTS if part in parts and "tuning" not in part]
     steps += [(part, (seed,)) for seed in seeds for part in later]
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        needed = [*seeds, *TUNING_SEEDS]
+        needed = list(seeds)
+        if any("tuning" in part for part in parts):
+            needed += TUNING_SEEDS
         list(tqdm(pool.map(pipeline, needed), "pipelines", len(needed)))
         for part, some in steps:
             rows = read_rows()
@@ -387,14 +403,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
+def as_tuned(rows: pandas.DataFrame) -> pandas.Series:
+    """Which rows are of runs at BETA with nothing changed: (rows,) of booleans."""
+    return rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA)
+
+
 def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:
     """A part's rows, with what each method `reached`.
 
-    Rate, staleness and offset have the frontier's run at BETA in their middle. The zero of each
-    seed's score means nothing: it is put where the online methods are in those runs, on average.
+    Rate, staleness and offset have the run as tuned in their middle. The zero of each seed's score
+    means nothing: it is put where the online methods are in those runs, on average.
     """
     rows = rows.assign(reached=reached(rows))
-    middle = (rows.part == "frontier") & (rows.beta == BETA) & (rows.method != "DPO")
+    middle = as_tuned(rows) & (rows.method != "DPO")
     for figure in ("score", "reached"):
         zero = rows[middle].groupby("seed")[figure].mean()
         rows[figure] -= rows.seed.map(zero)
@@ -413,7 +434,7 @@ def change(rows: pandas.DataFrame, part: str, column: str, value: float) -> dict
     found = {}
     for method in METHODS:
         mine = rows[rows.method == method].round({"lr": 9})
-        base = mine[mine.part == "frontier"].set_index("seed").reached
+        base = mine[as_tuned(mine)].set_index("seed").reached
         there = mine[(mine.part == part) & (mine[column] == value)].set_index("seed").reached
         gaps = (there - base).dropna()
         if len(gaps):

@@ -52,8 +52,8 @@ SICK = [
     Sick(
         "What is drawn after the end of a response is counted as part of it.",
         "sample",
-        "drawn_mask.append(unfinished)",
-        "drawn_mask.append(torch.ones_like(unfinished))",
+        "going = (unread != model.config.eos_token_id).flatten()",
+        "going = torch.ones_like(active).bool()",
         "Stages 1 and 2 are healthy. But all responses are as long as the longest of their "
         "batch (25 tokens from the first iteration on, where 15 is healthy), though all hold "
         "an EOS, and the answers start anew after they were complete.",
