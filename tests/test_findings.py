@@ -150,13 +150,6 @@ def test_a_gamed_reward_model_is_no_failure_of_the_optimiser():
     assert found >= 7
 
 
-def gamed_after(method: str, seed: int) -> float:
-    """Iterations of the long run until 20 nats were seen."""
-    (points,) = compare.course(ROWS[ROWS.seed == seed], method)
-    beyond = [i for i, (kl, *_) in enumerate(points, 1) if kl > 20]
-    return compare.WATCHED_EVERY * beyond[0] if beyond else math.inf
-
-
 def test_in_a_long_run_p3o_games_the_reward_model_as_soon_as_any_in_two_seeds_of_three():
     for seed in (0, 1):
         after = {method: gamed_after(method, seed) for method in ONLINE}

@@ -492,6 +492,15 @@ def course(rows: pandas.DataFrame, method: str) -> numpy.ndarray:
     return numpy.array(curves).reshape(len(curves), -1, 3) if curves else numpy.empty((0, 0, 3))
 
 
+def gamed_after(rows: pandas.DataFrame, method: str) -> list[float]:
+    """Iterations of the long run until 20 nats were seen, seed by seed; infinite if never."""
+    found = []
+    for points in course(rows, method):
+        beyond = [i for i, (kl, *_) in enumerate(points, 1) if kl > 20]
+        found.append(WATCHED_EVERY * beyond[0] if beyond else math.inf)
+    return found
+
+
 def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> str:
     """Mean and half-width over seeds of a figure, a row a method, a column a value of `column`."""
     rows = part_of(rows, part)

@@ -54,9 +54,9 @@ SICK = [
         "sample",
         "going = (unread != model.config.eos_token_id).flatten()",
         "going = torch.ones_like(active).bool()",
-        "Stages 1 and 2 are healthy. But all responses are as long as the longest of their "
-        "batch (25 tokens from the first iteration on, where 15 is healthy), though all hold "
-        "an EOS, and the answers start anew after they were complete.",
+        "Stages 1 and 2 are healthy. But all responses are as long as they may be (40 tokens "
+        "from the first iteration on, where 15 is healthy), though all hold an EOS "
+        "(response/finished is 1), and the answers start anew after they were complete.",
     ),
     Sick(
         "Responses are drawn at another temperature than they are scored at.",
