@@ -248,15 +248,19 @@ def sample(
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n
     responses = [[] for _ in rows]
-    longest = max(len(row) for row in rows)  # P
-    pad = model.config.pad_token_id
-    padded = [[pad] * (longest - len(row)) + row for row in rows]
-    unread = torch.tensor(padded, device=model.device)  # (N, P): what the model has not seen
+    # what the model has not seen yet: the prompts, (N, P), then one token a row, (N, 1)
+    unread = pad_sequence(
+        [torch.tensor(row) for row in rows],
+        batch_first=True,
+        padding_value=model.config.pad_token_id,
+        padding_side="left",
+    ).to(model.device)
+    longest = unread.shape[1]  # P
     left = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
-    active = torch.arange(len(rows), device=model.device)  # (N,): the rows that go on
+    active = torch.arange(len(rows), device=model.device)  # (N,): rows that go on; N will shrink
     cache = None
-    for length in range(longest, longest + max_tokens):
-        column = torch.arange(length, device=model.device)  # (t,)
+    for t in range(longest, longest + max_tokens):
+        column = torch.arange(t, device=model.device)  # (t,)
         # NOTE position 0 is the first prompt token, padded or not, as in training
         positions = (column - left).clamp(min=0)  # (N, t)
         out = model.base_model(
@@ -277,14 +281,15 @@ def sample(
         unread = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
         for row, token in zip(active.tolist(), unread.flatten().tolist(), strict=True):
             responses[row].append(token)
-        # rows that have ended leave the batch, and N shrinks
-        going = (unread != model.config.eos_token_id).flatten()  # (N,)
-        if not going.any():
+        # rows that have ended leave the batch: no more passes of the model are spent on them
+        going = (unread != model.config.eos_token_id).nonzero()[:, 0]  # (N',)
+        if len(going) == 0:
             break
-        cache.batch_select_indices(going)
-        unread = unread[going]
-        left = left[going]
-        active = active[going]
+        if len(going) < len(active):
+            cache.reorder_cache(going)
+            unread = unread[going]
+            left = left[going]
+            active = active[going]
     ids, response_mask = collate(rows, responses, model)  # (N, T)
     return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
 

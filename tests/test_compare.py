@@ -102,19 +102,34 @@ def test_a_stopped_comparison_goes_on_with_what_is_missing(tmp_path, monkeypatch
     compare.run_all(("frontier", "tuning"), (0, 1))
     assert ran == []
     assert models == {0, 1, *compare.TUNING_SEEDS}
-    models.remove(1)
     before = compare.ROWS.read_bytes()
-    with pytest.raises(SystemExit, match=r"no models of seeds \[1\] in .*; choose other --seeds"):
-        compare.run_all(("rate",), (0, 1, 2))
+    models -= {1, *compare.TUNING_SEEDS}
+    with pytest.raises(SystemExit, match=r"rows of seeds \[1\], .* not their models; choose other"):
+        compare.run_all(("tuning", "rate"), (0, 1, 2))
+    with pytest.raises(SystemExit, match=r"seeds \[100, 101\]"):
+        compare.run_all(("joint tuning",), (0,))
     assert compare.ROWS.read_bytes() == before
-    assert models == {0, *compare.TUNING_SEEDS}
+    assert models == {0}
+    compare.run_all(("tuning", "as tuned"), (0, 2))
+    assert models == {0, 2}, "a finished tuning's models are not needed again"
+    assert {(trial.part, trial.seed) for trial in ran} == {("as tuned", 2)}
+
+
+def test_a_pipeline_that_was_stopped_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "PIPELINES", tmp_path)
+    (tmp_path / "3" / "reward").mkdir(parents=True)
+    assert not compare.made(3)
+    (tmp_path / "3" / "summary.json").touch()
+    assert compare.made(3)
 
 
 def test_a_seed_with_a_frontier_has_its_run_as_tuned_in_it():
-    rows = pandas.DataFrame([*ROWS_OF_THE_TUNING, row(part="frontier", seed=6)])
-    found = compare.trials("as tuned", rows, (5, 6))
+    rows = [*ROWS_OF_THE_TUNING, row(part="frontier", method="V1", seed=6)]
+    found = compare.trials("as tuned", pandas.DataFrame(rows), (5, 6))
     online = [method for method in compare.METHODS if method != "DPO"]
-    assert [(trial.method, trial.seed) for trial in found] == [(method, 5) for method in online]
+    expected = {(method, seed) for method in online for seed in (5, 6)} - {("V1", 6)}
+    assert {(trial.method, trial.seed) for trial in found} == expected
+    assert len(found) == len(expected)
     assert {(trial.beta, trial.epochs, trial.iterations) for trial in found} == {(0.1, 2, 80)}
     assert found[0].lr == 1e-3
 
@@ -123,6 +138,7 @@ def test_a_seed_with_a_frontier_has_its_run_as_tuned_in_it():
 def test_a_change_is_against_the_run_as_tuned_of_the_same_seed(middle):
     rows = [row(part=middle, seed=5, score=1.0), row(part="staleness", seed=5, score=0.25)]
     rows[1]["epochs"] = 8
+    rows.append(row(part="as tuned", seed=5, score=1.0))  # once more: counts once
     found = pandas.DataFrame(rows)
     assert compare.change(found, "staleness", "epochs", 8) == {"V2": [-0.75]}
     assert sorted(compare.part_of(found, "staleness").reached) == [-0.75, 0.0]

@@ -152,9 +152,10 @@ def test_a_gamed_reward_model_is_no_failure_of_the_optimiser():
 
 def test_in_a_long_run_p3o_games_the_reward_model_as_soon_as_any_in_two_seeds_of_three():
     for seed in (0, 1):
-        after = {method: gamed_after(method, seed) for method in ONLINE}
+        after = {method: compare.gamed_after(ROWS, method)[seed] for method in ONLINE}
         assert after["V2"] == after["V1"] == min(after.values()) <= 80
-    assert [method for method in ONLINE if gamed_after(method, 2) < math.inf] == ["GRPO"]
+    gamed = [method for method in ONLINE if compare.gamed_after(ROWS, method)[2] < math.inf]
+    assert gamed == ["GRPO"]
 
 
 def test_a_long_run_at_a_low_beta_spoils_all():

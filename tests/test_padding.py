@@ -1,9 +1,9 @@
-"""What padding costs: nothing is computed behind the last response token, and little between rows
-of a micro-batch, which are alike in length."""
+"""What padding costs: nothing is computed behind the last response token, neither in scoring nor in
+sampling, and little between rows of a micro-batch, which are alike in length."""
 
 import pytest
 import torch
-from toys import nothing, small
+from toys import LONGEST, TOY_PROMPTS, nothing, small
 
 import p3o
 
@@ -12,14 +12,16 @@ LENGTHS = [2, 20] * 8  # of prompts: in their own order, a batch would be half p
 
 
 class Columns:
-    """While in use, notes how wide the rows are that a model's body is given."""
+    """While in use, notes how many rows a model's body is given, and how wide they are."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        self.rows = []
         self.widths = []
         self.body = model.base_model
 
     def count(self, module, arguments, options):
         (ids,) = arguments or [options["input_ids"]]
+        self.rows.append(ids.shape[0])
         self.widths.append(ids.shape[1])
 
     def __enter__(self):
@@ -86,3 +88,13 @@ def test_so_are_those_of_stage_3_in_scoring_and_in_each_update(tiny, fresh, exam
     assert new.widths == [20, *parts, *parts, *parts], "samples, old log-probs, two epochs"
     assert ref.widths == parts
     assert scored.widths == [3, 3, 21, 21]
+
+
+def test_sampling_spends_no_pass_on_rows_that_have_ended(toy):
+    torch.manual_seed(0)
+    with Columns(toy) as seen:
+        _, mask = p3o.sample(toy, TOY_PROMPTS * 50, 2, LONGEST)
+    lengths = mask.sum(-1)  # (100, 2)
+    going = [(lengths > done).sum().item() for done in range(LONGEST)]
+    assert seen.rows == going
+    assert going[0] == 200 > going[1] > going[2] > 0

@@ -33,6 +33,19 @@ def test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_fir
     assert len(ends) == 4  # lengths 1, 2 and 3 by EOS, and 3 by the limit
 
 
+@pytest.mark.problem_3
+def test_a_response_alone_goes_on_to_its_end(toy):
+    torch.manual_seed(0)
+    longest = 7  # the toy has eight positions
+    lengths = set()
+    for _ in range(100):
+        ids, mask = p3o.sample(toy, [[0]], 1, longest)
+        response = ids[mask].tolist()
+        assert response[-1] == EOS or len(response) == longest, "a response was cut early"
+        lengths.add(len(response))
+    assert len(lengths) > 4
+
+
 def standard_errors(counts, probability):
     """How far frequencies are from probabilities, (V,) each."""
     deviation = (probability * (1 - probability) * counts.sum()).sqrt()

@@ -79,7 +79,7 @@ BUGS = [
     Bug(
         "positions count the padding",
         "positions = (column - left).clamp(min=0)",
-        "positions = column.expand(len(rows), -1)",
+        "positions = column.expand(len(left), -1)",
         "test_whole_responses_come_as_often_as_their_scored_probability_also_beside_a_longer_prompt",
     ),
     Bug(
@@ -102,8 +102,14 @@ BUGS = [
     ),
     Bug(
         "everything after EOS counts as response",
-        "going = (unread != model.config.eos_token_id).flatten()",
-        "going = torch.ones_like(active).bool()",
+        "(unread != model.config.eos_token_id).nonzero()",
+        "torch.ones_like(unread).nonzero()",
+        "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
+    ),
+    Bug(
+        "when a response has ended, tokens go to the rows before it",
+        "active = active[going]",
+        "active = active[: len(going)]",
         "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
     ),
     Bug(

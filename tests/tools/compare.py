@@ -1,14 +1,14 @@
 """P3O beside its relatives: tuned alike, then compared over β, rates, stale samples and offsets.
 
-    python tests/tools/compare.py                    # all parts, from where it stopped; hours
-    python tests/tools/compare.py --parts tuning     # one part
+    python tests/tools/compare.py --seeds 8 9        # all parts, from where it stopped; hours
+    python tests/tools/compare.py --seeds 8 --parts "as tuned" rate      # some
     python tests/tools/compare.py --show             # what the rows say
 
 Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py --small), takes the
 same prompts and makes as many updates, on as many samples unless the part is about their reuse, and
 is one row of data/comparison.csv. Rows that are there are not run again. Learning rate and clip of
 each method are those that did best in the tuning, whose seeds are not used afterwards. A seed's
-rows belong to its models in runs/pipelines, and are not continued without them.
+rows belong to its models in runs/pipelines: it is not gone on with where those are not.
 """
 
 import argparse
@@ -325,6 +325,7 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
             found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
         return found
     best = tuned(rows)
+    keys = {key_of(row) for row in rows.to_dict("records")}
     found = []
     online = [method for method in METHODS if method != "DPO"]
     for seed, method in itertools.product(seeds, METHODS if part == "frontier" else online):
@@ -332,8 +333,9 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
         base = Trial(part, method, seed, BETA, lr, knob)
         if part == "frontier":
             found += [base._replace(beta=beta) for beta in BETAS]
-        elif part == "as tuned":  # is of the frontier already, where a seed has one
-            if not ((rows.part == "frontier") & (rows.seed == seed)).any():
+        elif part == "as tuned":  # for seeds without a frontier, which has this run in it
+            same = base._replace(part="frontier")._asdict()
+            if key_of(same) not in keys:
                 found.append(base)
         elif part == "rate":
             found += [base._replace(lr=lr * factor) for factor in RATES]
@@ -350,31 +352,35 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
     return found
 
 
+def missing(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
+    """The trials of a part that have no row."""
+    done = {key_of(row) for row in rows.to_dict("records")}
+    return [trial for trial in trials(part, rows, seeds) if key_of(trial._asdict()) not in done]
+
+
 def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
     """Run what is missing, a process a core; each row is written as it comes.
 
     The tunings come first, then all parts of a seed after those of the seed before.
     """
     rows = read_rows()
-    lost = [seed for seed in seeds if seed in set(rows.seed) and not made(seed)]
+    needed = list(seeds)
+    if any("tuning" in part and missing(part, rows, seeds) for part in parts):
+        needed += TUNING_SEEDS
+    lost = [seed for seed in needed if seed in set(rows.seed) and not made(seed)]
     if lost:
-        # models trained anew round otherwise, and have another zero of the score
-        sys.exit(f"compare.py: no models of seeds {lost} in {PIPELINES}; choose other --seeds")
+        # trained again they differ by rounding, and so does the zero of their score
+        reason = f"{ROWS.name} has rows of seeds {lost}, but {PIPELINES} not their models"
+        sys.exit(f"compare.py: {reason}; choose other --seeds, or put the models there")
     context = multiprocessing.get_context("spawn")
     os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has its tqdm already
     steps = [(part, seeds) for part in PARTS if part in parts and "tuning" in part]
     later = [part for part in PARTS if part in parts and "tuning" not in part]
     steps += [(part, (seed,)) for seed in seeds for part in later]
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        needed = list(seeds)
-        if any("tuning" in part for part in parts):
-            needed += TUNING_SEEDS
         list(tqdm(pool.map(pipeline, needed), "pipelines", len(needed)))
         for part, some in steps:
-            rows = read_rows()
-            done = {key_of(row) for row in rows.to_dict("records")}
-            todo = [t for t in trials(part, rows, some) if key_of(t._asdict()) not in done]
-            futures = [pool.submit(run, trial) for trial in todo]
+            futures = [pool.submit(run, trial) for trial in missing(part, read_rows(), some)]
             name = part if "tuning" in part else f"{part}, seed {some[0]}"
             for future in tqdm(as_completed(futures), name, len(futures)):
                 write_row(future.result())
@@ -392,6 +398,7 @@ def write_row(row: dict) -> None:
 # ---- What the rows say -------------------------------------------------------------------
 # Student's t, two-sided, by the number of seeds
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+T_95 |= {11: 2.23, 12: 2.20, 13: 2.18, 14: 2.16, 15: 2.14}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -403,9 +410,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), half
 
 
-def as_tuned(rows: pandas.DataFrame) -> pandas.Series:
-    """Which rows are of runs at BETA with nothing changed: (rows,) of booleans."""
-    return rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA)
+def as_tuned(rows: pandas.DataFrame) -> numpy.ndarray:
+    """Which rows are of runs at BETA with nothing changed, one a method and seed: booleans."""
+    found = rows[rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA)]
+    return rows.index.isin(found.drop_duplicates(["method", "seed"]).index)
 
 
 def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:

@@ -52,8 +52,8 @@ SICK = [
     Sick(
         "What is drawn after the end of a response is counted as part of it.",
         "sample",
-        "going = (unread != model.config.eos_token_id).flatten()",
-        "going = torch.ones_like(active).bool()",
+        "(unread != model.config.eos_token_id).nonzero()",
+        "torch.ones_like(unread).nonzero()",
         "Stages 1 and 2 are healthy. But all responses are as long as they may be (40 tokens "
         "from the first iteration on, where 15 is healthy), though all hold an EOS "
         "(response/finished is 1), and the answers start anew after they were complete.",
