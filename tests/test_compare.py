@@ -476,3 +476,12 @@ def test_what_the_rows_say_is_shown_for_any_part(capsys):
     printed = capsys.readouterr().out
     for title in ("frontier: gold", "rate:", "staleness:", "offset:", "long run", "preferences"):
         assert title in printed
+
+
+def test_two_seeds_make_a_point_and_no_band():
+    figure, axis = plt.subplots()
+    draw.line(axis, "V2", [1, 2, 4], [[0.0, 1.0, 2.0], [0.0, 9.0], [1.0, 2.0, 3.0]])
+    assert list(axis.get_lines()[0].get_ydata()) == [1.0, 4.5, 2.0]
+    (band,) = axis.collections
+    assert set(band.get_paths()[0].vertices[:, 0]) == {1, 4}
+    plt.close(figure)

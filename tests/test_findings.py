@@ -1,7 +1,9 @@
 """What the comparison says, on its committed rows: each finding is a difference with its interval.
 
 Ties, offset and stale samples at one rate were found on seeds 0 to 2; seeds 3 to 5 came after that,
-and their means must agree. The notebook's section 11 and the README say the same in words.
+and their means must agree. Stale samples at the tuned rates, the long run, and reward and policy at
+once were found on seeds 0 to 2, too; seeds 6 and 7 came after. The notebook's sections 11 and 12
+and the README say the same in words.
 """
 
 import math
@@ -23,7 +25,7 @@ def bounds(values: list[float]) -> tuple[float, float]:
 
 
 def assert_differs(values: list[float], high: float = 0.0) -> None:
-    """The interval of each three seeds lies below `high`."""
+    """The interval of the first three seeds lies below `high`, and that of three after them."""
     assert len(values) in (3, 6)
     for three in filter(None, (values[:3], values[3:])):
         assert bounds(three)[1] < high
@@ -90,10 +92,26 @@ def test_stale_samples_cost_ppo_more_than_p3o_at_the_same_rate():
         assert_within(lost[method], -0.4, 0)
 
 
-def test_at_the_tuned_rates_ppo_loses_more_in_each_seed_but_not_by_the_interval():
+def test_at_the_tuned_rates_ppo_loses_more_than_v2_and_v1_is_between_them():
     lost = compare.change(ROWS, "staleness", "epochs", 16)
     gaps = [ppo - v2 for ppo, v2 in zip(lost["PPO"], lost["V2"], strict=True)]
-    assert max(gaps) < 0 < bounds(gaps)[1]
+    assert len(gaps) == 5
+    assert max(gaps) < 0
+    assert bounds(gaps)[1] < 0
+    for v1, v2 in zip(lost["V1"], lost["V2"], strict=True):
+        assert v1 < v2
+    assert compare.interval(lost["PPO"])[0] < compare.interval(lost["V1"])[0] < -0.8
+    assert bounds(lost["V1"])[1] < 0
+
+
+def test_eight_passes_cost_ppo_much_in_each_of_two_seeds_and_v2_little():
+    lost = compare.change(ROWS, "staleness", "epochs", 8)
+    assert {len(changes) for changes in lost.values()} == {2}
+    assert max(lost["PPO"]) < -0.7
+    for method in ("V2", "RLOO", "GRPO", "online DPO"):
+        assert min(lost[method]) > -0.15
+    for method in ("V1", "REBEL"):
+        assert -0.6 < min(lost[method]) < max(lost[method]) < -0.2
 
 
 @pytest.mark.parametrize("method", ONLINE)
@@ -150,12 +168,13 @@ def test_a_gamed_reward_model_is_no_failure_of_the_optimiser():
     assert found >= 7
 
 
-def test_in_a_long_run_p3o_games_the_reward_model_as_soon_as_any_in_two_seeds_of_three():
-    for seed in (0, 1):
-        after = {method: compare.gamed_after(ROWS, method)[seed] for method in ONLINE}
-        assert after["V2"] == after["V1"] == min(after.values()) <= 80
-    gamed = [method for method in ONLINE if compare.gamed_after(ROWS, method)[2] < math.inf]
-    assert gamed == ["GRPO"]
+def test_in_a_long_run_p3o_games_the_reward_model_as_soon_as_any_in_two_seeds_of_five():
+    after = {method: compare.gamed_after(ROWS, method) for method in ONLINE}
+    for first in (0, 1):
+        assert after["V2"][first] == after["V1"][first] <= 80
+        assert after["V2"][first] == min(found[first] for found in after.values())
+    for later in (2, 3, 4):
+        assert [method for method in ONLINE if after[method][later] < math.inf] == ["GRPO"]
 
 
 def test_a_long_run_at_a_low_beta_spoils_all():
@@ -163,7 +182,7 @@ def test_a_long_run_at_a_low_beta_spoils_all():
     best = best[best.kl.between(2, 4)].gold.mean()
     for method in ONLINE:
         golds = compare.course(ROWS, method)[:, -1, 2]  # (seeds,)
-        assert len(golds) == 3
+        assert len(golds) == 5
         assert golds.max() < best - 1
 
 
@@ -173,8 +192,10 @@ def test_learning_both_at_once_does_not_win_when_preferences_are_scarce(form):
     golds = ROWS[ROWS.part == "joint"].pivot_table("gold", ["knob", "seed"], "method")
     gaps = golds["pipeline, equal updates"] - golds[form]
     for share in (0.01, 0.03, 1.0):
-        assert len(gaps[share]) == 3
+        assert len(gaps[share]) == 5
         assert gaps[share].min() > 0
+    for share in (0.03, 1.0):
+        assert bounds(list(gaps[share]))[0] > 0
     assert abs(gaps[0.1].mean()) < 0.3
 
 

@@ -495,7 +495,7 @@ def head_to_head(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, str], lis
 
 def course(rows: pandas.DataFrame, method: str) -> numpy.ndarray:
     """Of the long run, KL, score and gold reward every 40 iterations: (seeds, points, 3)."""
-    rows = rows[(rows.part == "gaming") & (rows.method == method)]
+    rows = rows[(rows.part == "gaming") & (rows.method == method)].sort_values("seed")
     curves = [[float(value) for value in curve.split()] for curve in rows.curve]
     return numpy.array(curves).reshape(len(curves), -1, 3) if curves else numpy.empty((0, 0, 3))
 

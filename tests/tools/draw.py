@@ -4,13 +4,13 @@ python tests/tools/draw.py .github     # the README's two
 """
 
 import argparse
-import math
 import statistics
 import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,16 +41,18 @@ STYLE = {
 
 
 def line(axis: Axes, name: str, xs: list[float], samples: list[list[float]]) -> None:
-    """Means over seeds, a point an x, with the 95 % band."""
+    """Means over seeds, a point an x, with the 95 % band of those that have three seeds or more."""
     color = COLORS[name]
     width = 2.2 if name == "V2" else 1.3
     style = LINES.get(name, "--")
     means, halves = zip(*map(compare.interval, samples), strict=True)
     axis.plot(xs, means, style, color=color, linewidth=width, marker=".", label=name)
-    if all(map(math.isfinite, halves)):
-        low = [mean - half for mean, half in zip(means, halves, strict=True)]
-        high = [mean + half for mean, half in zip(means, halves, strict=True)]
-        axis.fill_between(xs, low, high, color=color, alpha=0.1, linewidth=0)
+    known = [len(values) >= 3 for values in samples]
+    low = numpy.subtract(means, halves)
+    high = numpy.add(means, halves)
+    axis.fill_between(
+        numpy.array(xs)[known], low[known], high[known], color=color, alpha=0.1, linewidth=0
+    )
 
 
 def legend(figure: Figure, axis: Axes) -> None:
@@ -103,7 +105,7 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
             "staleness",
             "epochs",
             "passes over the same samples",
-            "Stale samples: 16 passes cost all",
+            "Stale samples cost PPO and V1 most",
         ),
         ("offset", "offset", "standard deviation of δ(x)", "δ(x): pairs do not notice"),
     )
