@@ -177,13 +177,15 @@ def test_in_a_long_run_p3o_games_the_reward_model_as_soon_as_any_in_two_seeds_of
         assert [method for method in ONLINE if after[method][later] < math.inf] == ["GRPO"]
 
 
-def test_a_long_run_at_a_low_beta_spoils_all():
+def test_a_long_run_at_a_low_beta_spoils_all_in_four_seeds_of_five():
+    """In the fifth it spoils GRPO alone."""
     best = online_frontier()
     best = best[best.kl.between(2, 4)].gold.mean()
     for method in ONLINE:
         golds = compare.course(ROWS, method)[:, -1, 2]  # (seeds,)
         assert len(golds) == 5
-        assert golds.max() < best - 1
+        assert golds[:4].max() < best - 1
+        assert (golds[4] < best - 1) == (method == "GRPO")
 
 
 @pytest.mark.parametrize("form", ["AIHF", "AIHF, logistic"])

@@ -163,7 +163,9 @@ def gaming(rows: pandas.DataFrame) -> Figure:
         axis.set_xlabel("score of the reward model")
         axis.set_title(f"seed {seed}", loc="left", fontsize=9)
     axes[0, 0].set_ylabel("gold reward, nats")
-    figure.suptitle("A long run at β = 0.025: the score rises, the gold reward falls", fontsize=10)
+    figure.suptitle(
+        "A long run at β = 0.025: the score rises, the gold reward mostly falls", fontsize=10
+    )
     legend(figure, axes[0, 0])
     return figure
 
