@@ -160,9 +160,9 @@ def gaming(rows: pandas.DataFrame) -> Figure:
                 style = LINES.get(method, "--")
                 axis.plot(scores, golds, style, color=COLORS[method], marker=".", label=method)
                 axis.plot(scores[-1], golds[-1], "o", color=COLORS[method], fillstyle="none")
-        axis.set_xlabel("score of the reward model")
         axis.set_title(f"seed {seed}", loc="left", fontsize=9)
     axes[0, 0].set_ylabel("gold reward, nats")
+    figure.supxlabel("score of the reward model", fontsize=9)
     figure.suptitle(
         "A long run at β = 0.025: the score rises, the gold reward mostly falls", fontsize=10
     )
