@@ -256,6 +256,7 @@ def sample(
         padding_side="left",
     ).to(model.device)
     longest = unread.shape[1]  # P
+    # padding before each prompt
     left = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
     active = torch.arange(len(rows), device=model.device)  # (N,): rows that go on; N will shrink
     cache = None
@@ -279,8 +280,8 @@ def sample(
         point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
         drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
         unread = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
-        for row, token in zip(active.tolist(), unread.flatten().tolist(), strict=True):
-            responses[row].append(token)
+        for i, token in zip(active.tolist(), unread.flatten().tolist(), strict=True):
+            responses[i].append(token)
         # rows that have ended leave the batch: no more passes of the model are spent on them
         going = (unread != model.config.eos_token_id).nonzero()[:, 0]  # (N',)
         if len(going) == 0:
@@ -290,7 +291,7 @@ def sample(
             unread = unread[going]
             left = left[going]
             active = active[going]
-    ids, response_mask = collate(rows, responses, model)  # (N, T)
+    ids, response_mask = collate(rows, responses, model)  # (B·n, T)
     return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.padding
 LENGTHS = [2, 20] * 8  # of prompts: in their own order, a batch would be half padding
 
 
-class Columns:
+class Shapes:
     """While in use, notes how many rows a model's body is given, and how wide they are."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -50,13 +50,13 @@ def test_columns_behind_the_last_response_token_are_not_computed(tiny, examples)
     ids, mask = p3o.collate(prompts, responses, policy)
     wider = torch.nn.functional.pad(ids, (0, 9), value=policy.config.pad_token_id)
     wider_mask = torch.nn.functional.pad(mask, (0, 9))
-    with torch.no_grad(), Columns(policy) as seen:
+    with torch.no_grad(), Shapes(policy) as seen:
         found = p3o.response_logprobs(policy, wider, wider_mask)
     assert seen.widths == [22], "23 tokens, of which the last predicts nothing"
     assert found.shape == (len(ids), 23 + 9 - 1)
     assert torch.allclose(found[:, :22], p3o.response_logprobs(policy, ids, mask), atol=1e-5)
     assert not found[:, 22:].any()
-    with torch.no_grad(), Columns(reward_model) as seen:
+    with torch.no_grad(), Shapes(reward_model) as seen:
         scores = p3o.reward_scores(reward_model, wider, wider_mask)
     assert seen.widths == [23]
     assert torch.allclose(scores, p3o.reward_scores(reward_model, ids, mask), atol=1e-5)
@@ -68,7 +68,7 @@ def test_micro_batches_are_alike_in_length(tiny, fresh, examples, stage):
     cfg = small(batch=16, epochs=1, micro_batch=4)
     model = fresh(tiny[stage == "reward"])
     train = p3o.train_reward if stage == "reward" else p3o.train_sft
-    with Columns(model) as seen:
+    with Shapes(model) as seen:
         train(model, examples, cfg, nothing)
     assert seen.widths == ([5, 5, 23, 23] if stage == "reward" else [4, 4, 22, 22])
 
@@ -82,7 +82,7 @@ def test_so_are_those_of_stage_3_in_scoring_and_in_each_update(tiny, fresh, exam
     def score(ids, mask):
         return p3o.reward_scores(reward_model, ids, mask)
 
-    with Columns(policy) as new, Columns(reference) as ref, Columns(reward_model) as scored:
+    with Shapes(policy) as new, Shapes(reference) as ref, Shapes(reward_model) as scored:
         p3o.train_policy(policy, reference, score, prompts, cfg, nothing)
     parts = [2, 2, 20, 20]
     assert new.widths == [20, *parts, *parts, *parts], "samples, old log-probs, two epochs"
@@ -92,7 +92,7 @@ def test_so_are_those_of_stage_3_in_scoring_and_in_each_update(tiny, fresh, exam
 
 def test_sampling_spends_no_pass_on_rows_that_have_ended(toy):
     torch.manual_seed(0)
-    with Columns(toy) as seen:
+    with Shapes(toy) as seen:
         _, mask = p3o.sample(toy, TOY_PROMPTS * 50, 2, LONGEST)
     lengths = mask.sum(-1)  # (100, 2)
     going = [(lengths > done).sum().item() for done in range(LONGEST)]

@@ -96,8 +96,8 @@ BUGS = [
     ),
     Bug(
         "sampled EOS left out of the mask",
-        "responses[row].append(token)",
-        "responses[row] += [token] * (token != model.config.eos_token_id)",
+        "responses[i].append(token)",
+        "responses[i] += [token] * (token != model.config.eos_token_id)",
         "test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos",
     ),
     Bug(

@@ -8,7 +8,7 @@ Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py
 same prompts and makes as many updates, on as many samples unless the part is about their reuse, and
 is one row of data/comparison.csv. Rows that are there are not run again. Learning rate and clip of
 each method are those that did best in the tuning, whose seeds are not used afterwards. A seed's
-rows belong to its models in runs/pipelines: it is not gone on with where those are not.
+rows belong to its models in runs/pipelines; without those it is not continued.
 """
 
 import argparse
