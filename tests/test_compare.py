@@ -410,6 +410,11 @@ def test_the_scores_zero_is_the_online_methods_mean_of_each_seed():
     assert set(compare.part_of(rows, "offset").seed) == {1}, "no line joins other seeds"
 
 
+def test_the_long_runs_are_read_in_the_seeds_order():
+    rows = all_parts().iloc[::-1]
+    assert compare.course(rows, "V2")[:, -1, 2].tolist() == [3, 4, 5]
+
+
 def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():
     found = compare.change(all_parts(), "offset", "offset", 10.0)
     assert found["PPO"] == pytest.approx([-1, -1, -1])

@@ -18,6 +18,7 @@ import contextlib
 import csv
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -31,6 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "tools")]
 from bugs import BUGS, DATA_BUGS  # noqa: E402
@@ -39,7 +42,12 @@ from sick import SICK, Sick  # noqa: E402
 
 ROOT = TESTS.parent
 HUNT_OPTIONS = ["--small"]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+# a course tries hundreds of files: each process is forked from one that has the large packages
+FORKED = multiprocessing.get_context("forkserver")
+LARGE = ["datasets", "matplotlib.pyplot", "pandas", "pytest", "torch"]
+FORKED.set_forkserver_preload([*LARGE, "transformers.models.gpt2.modeling_gpt2"])
+os.environ["OMP_NUM_THREADS"] = "1"  # a process a core
 SOURCE = ROOT / "p3o.py"
 NUMBERS = {name: number for number, name in enumerate(PROBLEMS, 1)}
 LETTERS = dict(zip(sorted(sick.diagnosis for sick in SICK), string.ascii_uppercase, strict=False))
@@ -106,6 +114,24 @@ def plant(source: str, old: str, new: str) -> str:
     return source.replace(old, new)
 
 
+def forked(arguments: list[str], log: Path) -> None:
+    """A process that runs the tests, and prints into a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.exit(pytest.main([*OPTIONS, *arguments, str(TESTS)]))
+
+
+def run_tests(*arguments: str) -> tuple[int, str]:
+    """Run the tests in a process of their own. Returns its exit status and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        process = FORKED.Process(target=forked, args=(arguments, log))
+        process.start()
+        process.join()
+        return process.exitcode, log.read_text()
+
+
 def outcomes(source: str, file: str = "p3o.py", options: tuple = ()) -> dict[str, set[str]]:
     """Run the tests with another p3o.py, or another file of data/.
 
@@ -116,13 +142,11 @@ def outcomes(source: str, file: str = "p3o.py", options: tuple = ()) -> dict[str
         shutil.copytree(ROOT / "data", folder / "data")
         shutil.copy(SOURCE, folder)
         (folder / file).write_text(source)
-        command = [*PYTEST, "-rA", "--tb=no"]
-        command += [f"--file={folder / 'p3o.py'}", *options, str(TESTS)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        _, printed = run_tests("-rA", "--tb=no", f"--file={folder / 'p3o.py'}", *options)
     lines = r"^(PASSED|FAILED|ERROR) \S+?::(.+?)(?: - .*)?$"
-    found = re.findall(lines, result.stdout, re.MULTILINE)
+    found = re.findall(lines, printed, re.MULTILINE)
     if not found:
-        sys.exit(f"the tests did not run:\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        sys.exit(f"the tests did not run:\n{printed[-3000:]}")
     failed = {name for outcome, name in found if outcome != "PASSED"}
     return {"failed": failed, "passed": {name for _, name in found} - failed}
 
@@ -161,15 +185,12 @@ def first_message(source: str, number: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "mine.py"
         file.write_text(source)
-        command = [*PYTEST, "-x", "--tb=short", f"--file={file}"]
-        command += ["-m", f"problem_{number}", str(TESTS)]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode == 0:
+        options = ("-x", "--tb=short", f"--file={file}", "-m", f"problem_{number}")
+        status, printed = run_tests(*options)
+    if status == 0:
         return ""
-    said = [line for line in result.stdout.splitlines() if line.startswith(("E  ", "FAILED"))]
-    return (
-        "\n".join(said) or f"the tests did not run:\n{result.stdout[-1000:]}{result.stderr[-1000:]}"
-    )
+    said = [line for line in printed.splitlines() if line.startswith(("E  ", "FAILED"))]
+    return "\n".join(said) or f"the tests did not run:\n{printed[-2000:]}"
 
 
 def solutions() -> int:
@@ -467,7 +488,16 @@ def grade_problem(submission: str, number: int, seconds: float) -> tuple[float, 
         file.write_text(submission)
         report = Path(folder) / "report.xml"
         errors = Path(folder) / "errors.txt"
-        command = [*PYTEST, "-s", "--tb=short", f"--file={file}", f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *OPTIONS,
+            "-s",
+            "--tb=short",
+            f"--file={file}",
+            f"--junitxml={report}",
+        ]
         command += ["-m", f"problem_{number}", str(TESTS)]
         if not run_limited(command, seconds, errors):
             return 0.0, f"stopped after {seconds:.0f} seconds"

@@ -232,10 +232,10 @@ WRONG = [
         "the factor that is returned",
     ),
     Wrong(
-        "the mean of the differences, which is near 0",
+        "the differences' mean size, not their root mean square",
         "set_gain__one_by_one",
         "squares += (r[0, 0].double() - r[0, 1].double()).item() ** 2",
-        "squares += (r[0, 0].double() - r[0, 1].double()).item()",
+        "squares += abs((r[0, 0].double() - r[0, 1].double()).item())",
         "root mean square 1",
     ),
     # ---- 8
