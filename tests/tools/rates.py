@@ -1,0 +1,117 @@
+"""Which learning rates suit a model and its data: a few updates at each, on the same batches.
+
+    python tests/tools/rates.py --model MODEL --data PAIRS --batch 8 --iterations 8
+
+Takes the options of p3o.py. Each stage tries a fifth of its learning rate, the rate, and five times
+it, and hands the best on to the next stage. No pair is seen twice in stages 1 and 2, so the loss of
+the last updates is one of unseen pairs. A few updates favour higher rates than a long run does.
+"""
+
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import p3o
+from data.preferences import InputError, load_pairs, try_hub
+
+FACTORS = (0.2, 1, 5)
+UPDATES = 24  # of stages 1 and 2; stage 3 makes as many iterations as its option says
+SHOWN = {
+    "sft": ("sft/loss",),
+    "reward": ("reward/loss", "reward/accuracy"),
+    "p3o": ("objective/scores", "objective/kl", "response/finished"),
+}
+
+
+def cost(stage: str, row: dict[str, float], beta: float) -> float:
+    """What a stage makes small: its loss; in stage 3, β KL − r."""
+    if stage == "p3o":
+        return beta * row["objective/kl"] - row["objective/scores"]
+    return row[f"{stage}/loss"]
+
+
+def best_of(
+    stage: str, start: PreTrainedModel, train: Callable, cfg: p3o.Config
+) -> PreTrainedModel:
+    """Train a copy of `start` at each rate, and print what the last quarter of it was like.
+
+    `train` takes the model, the configuration and a log. Returns the copy of least cost. Raises
+    FloatingPointError if none was trained to the end.
+    """
+    name = p3o.STAGES[stage]
+    found = []
+    for factor in FACTORS:
+        model = copy.deepcopy(start)
+        lr = factor * getattr(cfg, name)
+        rows = []
+        torch.manual_seed(cfg.seed)
+        began = time.perf_counter()
+        try:
+            train(model, replace(cfg, **{name: lr}), lambda _, row, rows=rows: rows.append(row))
+        except FloatingPointError as error:
+            print(f"{name} {lr:g}: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - began
+        last = rows[-max(1, len(rows) // 4) :]
+        means = {key: statistics.mean(row[key] for row in last) for key in last[0]}
+        figures = ", ".join(f"{key} {means[key]:.3f}" for key in SHOWN[stage])
+        print(f"{name} {lr:g}: {figures}; {len(rows)} steps, {seconds:.0f} s", flush=True)
+        found.append((cost(stage, means, cfg.beta), model))
+    if not found:
+        raise FloatingPointError(f"no --{name} went to the end; try smaller ones")
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def try_all(cfg: p3o.Config) -> None:
+    """The three stages, one after the other."""
+    torch.manual_seed(cfg.seed)
+    base, tokenizer = p3o.load_base(cfg)
+    pairs, _ = load_pairs(cfg.data, tokenizer)
+    examples = p3o.tokenize(pairs, tokenizer, cfg)
+    prompts = [example.prompt for example in examples]
+    few = examples[: UPDATES * cfg.batch]
+    cfg = replace(cfg, epochs=1)
+
+    def train_sft(model, tried, log) -> None:
+        p3o.train_sft(model, few, tried, log)
+
+    def train_reward(model, tried, log) -> None:
+        p3o.train_reward(model, few, tried, log)
+
+    def train_policy(model, tried, log) -> None:
+        score = partial(p3o.reward_scores, reward_model)
+        p3o.train_policy(model, sft, score, prompts, tried, log)
+
+    sft = best_of("sft", base, train_sft, cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        p3o.save(Path(folder) / "sft", sft, tokenizer)
+        kind = AutoModelForSequenceClassification
+        fresh = p3o.load(Path(folder) / "sft", kind, num_labels=1)
+    reward_model = best_of("reward", fresh, train_reward, cfg)
+    p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
+    best_of("p3o", sft, train_policy, cfg)
+
+
+def main(argv: list[str]) -> None:
+    transformers.logging.set_verbosity_error()
+    try:
+        cfg = p3o.parse_config(argv)
+        try_hub(cfg.model, cfg.data)
+        try_all(cfg)
+    except (InputError, FloatingPointError, OSError) as error:
+        sys.exit(f"rates.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
