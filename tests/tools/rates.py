@@ -26,7 +26,7 @@ import p3o
 from data.preferences import InputError, load_pairs, try_hub
 
 FACTORS = (0.2, 1, 5)
-UPDATES = 24  # of stages 1 and 2; stage 3 makes as many iterations as its option says
+UPDATES = 20  # of stages 1 and 2; stage 3 makes as many iterations as its option says
 SHOWN = {
     "sft": ("sft/loss",),
     "reward": ("reward/loss", "reward/accuracy"),
