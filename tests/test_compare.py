@@ -410,9 +410,12 @@ def test_the_scores_zero_is_the_online_methods_mean_of_each_seed():
     assert set(compare.part_of(rows, "offset").seed) == {1}, "no line joins other seeds"
 
 
-def test_the_long_runs_are_read_in_the_seeds_order():
-    rows = all_parts().iloc[::-1]
+def test_whatever_the_files_order_values_come_in_the_seeds():
+    rows = all_parts()
+    rows.loc[rows.part == "rate", "score"] += rows.seed
+    rows = rows.iloc[::-1]
     assert compare.course(rows, "V2")[:, -1, 2].tolist() == [3, 4, 5]
+    assert compare.change(rows, "rate", "lr", 8e-3)["V2"] == pytest.approx([0, 1, 2])
 
 
 def test_a_change_is_measured_from_the_tuned_run_of_the_same_seed():

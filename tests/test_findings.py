@@ -134,13 +134,16 @@ def test_at_8e_3_all_that_ran_there_have_fallen(method):
 
 def test_at_8e_3_ppo_loses_least_in_each_seed():
     changes = compare.change(ROWS, "rate", "lr", 8e-3)
+    assert set(changes) == {*CLIMBERS, "V2"}
     assert {len(gaps) for gaps in changes.values()} == {5}
     for gaps in zip(*changes.values(), strict=True):
         assert max(gaps) == dict(zip(changes, gaps, strict=True))["PPO"]
 
 
 def test_at_4e_3_online_dpo_and_grpo_fall_and_the_others_stand():
-    for method, gaps in compare.change(ROWS, "rate", "lr", 4e-3).items():
+    changes = compare.change(ROWS, "rate", "lr", 4e-3)
+    assert set(changes) == set(ONLINE)
+    for method, gaps in changes.items():
         assert len(gaps) == 5
         if method in ("online DPO", "GRPO"):
             assert max(gaps) < -0.4

@@ -444,7 +444,7 @@ def change(rows: pandas.DataFrame, part: str, column: str, value: float) -> dict
         mine = rows[rows.method == method].round({"lr": 9})
         base = mine[as_tuned(mine)].set_index("seed").reached
         there = mine[(mine.part == part) & (mine[column] == value)].set_index("seed").reached
-        gaps = (there - base).dropna()
+        gaps = (there - base).dropna().sort_index()
         if len(gaps):
             found[method] = list(gaps)
     return found
