@@ -41,6 +41,7 @@ def test_the_least_loss_of_the_last_quarter_is_handed_on(capsys):
     assert best.bias.item() == pytest.approx(0.005)
     assert draws[0] == draws[1] == draws[2]
     printed = capsys.readouterr().out
+    assert "sft_lr: 0.005 is the best of these\n" in printed
     found = re.findall(r"sft_lr (\S+): sft/loss (\S+); (\d+) steps", printed)
     assert found == [("0.001", "1.000", "8"), ("0.005", "0.600", "8"), ("0.025", "2.000", "8")]
 
@@ -61,37 +62,72 @@ def test_stage_3_pays_for_its_kl():
 
 
 def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
-    monkeypatch.setattr(rates, "FACTORS", (1,))
+    monkeypatch.setattr(rates, "FACTORS", (0.5, 1))
     monkeypatch.setattr(rates, "UPDATES", 3)
-    train_reward, train_policy = p3o.train_reward, p3o.train_policy
+    tried = []
     bodies = []
     models = []
+    for name in ("train_sft", "train_reward", "train_policy"):
+        monkeypatch.setattr(p3o, name, watched(getattr(p3o, name), tried, bodies, models))
+    sampler = []
+    set_gain = p3o.set_gain
 
-    def watched_reward(model, *rest) -> None:
-        bodies.append(model.base_model.wte.weight.detach().clone())
-        train_reward(model, *rest)
+    def watched_gain(model, policy, *rest) -> float:
+        sampler.append(policy)
+        return set_gain(model, policy, *rest)
 
-    def watched(policy, reference, score, *rest) -> None:
-        models.extend((reference, score.args[0]))
-        assert torch.equal(policy.lm_head.weight, reference.lm_head.weight)
-        train_policy(policy, reference, score, *rest)
-
-    monkeypatch.setattr(p3o, "train_reward", watched_reward)
-    monkeypatch.setattr(p3o, "train_policy", watched)
+    monkeypatch.setattr(p3o, "set_gain", watched_gain)
     options = "--small --batch 32 --iterations 2 --pairs 4 --minibatch 2 --response-tokens 8"
     rates.main(options.split())
     printed = capsys.readouterr().out
-    figures = re.findall(r"^(sft_lr|reward_lr|lr) (\S+): .*; (\d+) steps", printed, re.MULTILINE)
-    assert figures == [("sft_lr", "0.005", "3"), ("reward_lr", "0.002", "3"), ("lr", "0.002", "2")]
+    figures = re.findall(r"^(\w+) (\S+): .*; (\d+) steps", printed, re.MULTILINE)
+    assert figures == [
+        ("sft_lr", "0.0025", "3"),
+        ("sft_lr", "0.005", "3"),
+        ("reward_lr", "0.001", "3"),
+        ("reward_lr", "0.002", "3"),
+        ("lr", "0.001", "2"),
+        ("lr", "0.002", "2"),
+    ]
+    whole = (CFG.sft_lr, CFG.reward_lr, CFG.lr)
+    assert tried[0] == (CFG.sft_lr / 2, CFG.reward_lr, CFG.lr)
+    assert tried[2] == (CFG.sft_lr, CFG.reward_lr / 2, CFG.lr)
+    assert tried[4] == (CFG.sft_lr, CFG.reward_lr, CFG.lr / 2)
+    assert tried[1] == tried[3] == tried[5] == whole
     torch.manual_seed(0)
     base, _ = p3o.load_base(CFG)
-    sft, reward_model = models
-    trained = sft.base_model.wte.weight
-    assert not torch.equal(trained, base.base_model.wte.weight)
-    assert torch.equal(trained, bodies[0]), "the reward model starts from the SFT model"
-    assert not torch.equal(trained, reward_model.base_model.wte.weight)
+    sft, reward_model, prompts = models[-1]
+    assert sampler == [sft]
+    assert len(prompts) > 1000, "all prompts, not those of the few updates"
+    body = sft.base_model.wte.weight
+    assert not torch.equal(body, base.base_model.wte.weight)
+    assert torch.equal(bodies[0], base.base_model.wte.weight)
+    for start in bodies[2:]:
+        assert torch.equal(start, body), "reward model and policy start from the SFT model"
+    assert not torch.equal(reward_model.base_model.wte.weight, body)
     scores = p3o.reward_scores(reward_model, *p3o.sample(sft, [[5, 6, 7]] * 64, 2, 8))
     assert 0.3 < (scores[:, 0] - scores[:, 1]).square().mean().sqrt() < 3, "the gain is set"
+
+
+def watched(plain, tried: list, bodies: list, models: list):
+    """A stage that also keeps the rates, the weights that it began with, and in stage 3 the rest:
+    reference, reward model and prompts."""
+
+    def train(model, *rest) -> None:
+        cfg = rest[-2]
+        tried.append((cfg.sft_lr, cfg.reward_lr, cfg.lr))
+        bodies.append(model.base_model.wte.weight.detach().clone())
+        if plain.__name__ == "train_policy":
+            reference, score, prompts, *_ = rest
+            models.append((reference, score.args[0], prompts))
+        plain(model, *rest)
+
+    return train
+
+
+def test_too_few_pairs_are_one_line():
+    with pytest.raises(SystemExit, match=r"^rates.py: .*fewer than a --batch"):
+        rates.main(["--small", "--batch", "20000"])
 
 
 def test_bad_input_is_one_line():

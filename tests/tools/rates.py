@@ -2,9 +2,10 @@
 
     python tests/tools/rates.py --model MODEL --data PAIRS --batch 8 --iterations 8
 
-Takes the options of p3o.py. Each stage tries a fifth of its learning rate, the rate, and five times
-it, and hands the best on to the next stage. No pair is seen twice in stages 1 and 2, so the loss of
-the last updates is one of unseen pairs. A few updates favour higher rates than a long run does.
+Takes the options of p3o.py; --iterations is the length of a trial of stage 3. Each stage tries a
+fifth of its learning rate, the rate, and five times it, and hands the best on to the next stage.
+As in a run of one epoch, a stage sees no pair twice, so the loss of its last updates is of pairs
+new to it. What is best in so few updates need not be best in a long run.
 """
 
 import copy
@@ -50,7 +51,7 @@ def best_of(
     FloatingPointError if none was trained to the end.
     """
     name = p3o.STAGES[stage]
-    found = []
+    least, best, best_lr = None, None, None
     for factor in FACTORS:
         model = copy.deepcopy(start)
         lr = factor * getattr(cfg, name)
@@ -67,10 +68,13 @@ def best_of(
         means = {key: statistics.mean(row[key] for row in last) for key in last[0]}
         figures = ", ".join(f"{key} {means[key]:.3f}" for key in SHOWN[stage])
         print(f"{name} {lr:g}: {figures}; {len(rows)} steps, {seconds:.0f} s", flush=True)
-        found.append((cost(stage, means, cfg.beta), model))
-    if not found:
+        found = cost(stage, means, cfg.beta)
+        if least is None or found < least:
+            least, best, best_lr = found, model, lr
+    if best is None:
         raise FloatingPointError(f"no --{name} went to the end; try smaller ones")
-    return min(found, key=lambda pair: pair[0])[1]
+    print(f"{name}: {best_lr:g} is the best of these", flush=True)
+    return best
 
 
 def try_all(cfg: p3o.Config) -> None:
@@ -81,6 +85,9 @@ def try_all(cfg: p3o.Config) -> None:
     examples = p3o.tokenize(pairs, tokenizer, cfg)
     prompts = [example.prompt for example in examples]
     few = examples[: UPDATES * cfg.batch]
+    few = few[: len(few) // cfg.batch * cfg.batch]  # whole batches
+    if not few:
+        raise InputError(f"{len(examples)} pairs are left, fewer than a --batch")
     cfg = replace(cfg, epochs=1)
 
     def train_sft(model, tried, log) -> None:
@@ -109,6 +116,10 @@ def main(argv: list[str]) -> None:
         cfg = p3o.parse_config(argv)
         try_hub(cfg.model, cfg.data)
         try_all(cfg)
+    except KeyboardInterrupt:
+        sys.exit("rates.py: interrupted")
+    except torch.OutOfMemoryError:
+        sys.exit("rates.py: out of memory; try a smaller --micro-batch")
     except (InputError, FloatingPointError, OSError) as error:
         sys.exit(f"rates.py: {error}")
 
