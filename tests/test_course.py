@@ -71,6 +71,13 @@ def test_solving_the_last_problem_leaves_nothing_to_do():
     assert course.starter(SOURCE, SOLVED) == SOURCE
 
 
+def test_a_file_passes_fails_or_was_not_tested():
+    assert course.first_message(SOURCE, 5) == ""
+    assert "NotImplementedError" in course.first_message(course.starter(SOURCE), 5)
+    with pytest.raises(SystemExit, match=r"did not run, status 4:\n.*cannot be imported"):
+        course.first_message("raise ValueError", 5)
+
+
 def test_the_commands_write_a_file_and_never_over_one(tmp_path):
     def run(*command):
         tool = TESTS / "tools" / "course.py"

@@ -132,12 +132,16 @@ def test_at_8e_3_all_that_ran_there_have_fallen(method):
     assert_differs(compare.change(ROWS, "rate", "lr", 8e-3)[method])
 
 
-def test_at_8e_3_ppo_loses_least_in_each_seed():
+def test_at_8e_3_ppo_loses_least_in_each_seed_and_at_1_6e_2_rebel_in_four():
     changes = compare.change(ROWS, "rate", "lr", 8e-3)
     assert set(changes) == {*CLIMBERS, "V2"}
     assert {len(gaps) for gaps in changes.values()} == {5}
     for gaps in zip(*changes.values(), strict=True):
         assert max(gaps) == dict(zip(changes, gaps, strict=True))["PPO"]
+    beyond = compare.change(ROWS, "rate", "lr", 1.6e-2)
+    assert {len(gaps) for gaps in beyond.values()} == {5}
+    best = [max(gaps) for gaps in zip(*beyond.values(), strict=True)]
+    assert sum(own == gap for own, gap in zip(beyond["REBEL"], best, strict=True)) == 4
 
 
 def test_at_4e_3_online_dpo_and_grpo_fall_and_the_others_stand():

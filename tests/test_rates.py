@@ -55,10 +55,17 @@ def test_a_rate_that_diverges_is_named_and_passed_over(capsys):
         rates.best_of("sft", start(), train, CFG)
 
 
-def test_stage_3_pays_for_its_kl():
-    row = {"objective/scores": 2.0, "objective/kl": 5.0}
-    assert rates.cost("p3o", row, beta=0.1) == pytest.approx(-1.5)
-    assert rates.cost("reward", {"reward/loss": 0.6}, beta=0.1) == 0.6
+def test_stage_3_pays_for_its_kl(capsys):
+    """At β = 0.1 the higher score of the second is not worth its KL."""
+
+    def train(model, cfg, log) -> None:
+        score, kl = {0.0004: (1.0, 1.0), 0.002: (2.0, 20.0), 0.01: (0.5, 0.0)}[cfg.lr]
+        log(0, {"objective/scores": score, "objective/kl": kl, "response/finished": 0.9})
+        model.bias.data.fill_(cfg.lr)
+
+    assert rates.best_of("p3o", start(), train, CFG).bias.item() == pytest.approx(0.0004)
+    line = "lr 0.002: objective/scores 2.000, objective/kl 20.000, response/finished 0.900; 1 steps"
+    assert line in capsys.readouterr().out
 
 
 def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
@@ -128,6 +135,12 @@ def watched(plain, tried: list, bodies: list, models: list):
 def test_too_few_pairs_are_one_line():
     with pytest.raises(SystemExit, match=r"^rates.py: .*fewer than a --batch"):
         rates.main(["--small", "--batch", "20000"])
+
+
+def test_rates_that_all_diverge_are_one_line(monkeypatch):
+    monkeypatch.setattr(rates, "FACTORS", (1e30,))
+    with pytest.raises(SystemExit, match=r"^rates.py: no --sft_lr"):
+        rates.main(["--small", "--batch", "8"])
 
 
 def test_bad_input_is_one_line():

@@ -129,7 +129,7 @@ def run_tests(*arguments: str) -> tuple[int, str]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         process = FORKED.Process(target=forked, args=(arguments, log))
-        with ONE_AT_A_TIME:  # to start one asks after all others, and would take their status
+        with ONE_AT_A_TIME:  # start() polls other threads' processes, and could take their status
             process.start()
         multiprocessing.connection.wait([process.sentinel])
         with ONE_AT_A_TIME:

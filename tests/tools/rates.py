@@ -2,13 +2,15 @@
 
     python tests/tools/rates.py --model MODEL --data PAIRS --batch 8 --iterations 8
 
-Takes the options of p3o.py; --iterations is the length of a trial of stage 3. Each stage tries a
-fifth of its learning rate, the rate, and five times it, and hands the best on to the next stage.
-As in a run of one epoch, a stage sees no pair twice, so the loss of its last updates is of pairs
-new to it. What is best in so few updates need not be best in a long run.
+Takes the options of p3o.py: --iterations is the length of a trial of stage 3; --out, --epochs and
+--eval-prompts change nothing, and nothing is written. Each stage tries a fifth of its learning
+rate, the rate, and five times it, and hands the best on to the next stage. As in a run of one
+epoch, stages 1 and 2 see no pair twice, so the loss of their last updates is of pairs new to them.
+What is best in so few updates need not be best in a long run.
 """
 
 import copy
+import math
 import statistics
 import sys
 import tempfile
@@ -51,7 +53,8 @@ def best_of(
     FloatingPointError if none was trained to the end.
     """
     name = p3o.STAGES[stage]
-    least, best, best_lr = None, None, None
+    least = math.inf
+    best = None
     for factor in FACTORS:
         model = copy.deepcopy(start)
         lr = factor * getattr(cfg, name)
@@ -69,7 +72,7 @@ def best_of(
         figures = ", ".join(f"{key} {means[key]:.3f}" for key in SHOWN[stage])
         print(f"{name} {lr:g}: {figures}; {len(rows)} steps, {seconds:.0f} s", flush=True)
         found = cost(stage, means, cfg.beta)
-        if least is None or found < least:
+        if found < least:
             least, best, best_lr = found, model, lr
     if best is None:
         raise FloatingPointError(f"no --{name} went to the end; try smaller ones")
@@ -101,11 +104,13 @@ def try_all(cfg: p3o.Config) -> None:
         p3o.train_policy(model, sft, score, prompts, tried, log)
 
     sft = best_of("sft", base, train_sft, cfg)
+    del base  # no stage needs it again, and its memory is wanted
     with tempfile.TemporaryDirectory() as folder:
         p3o.save(Path(folder) / "sft", sft, tokenizer)
         kind = AutoModelForSequenceClassification
         fresh = p3o.load(Path(folder) / "sft", kind, num_labels=1)
     reward_model = best_of("reward", fresh, train_reward, cfg)
+    del fresh
     p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
     best_of("p3o", sft, train_policy, cfg)
 
