@@ -208,10 +208,15 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+        config = AutoConfig.from_pretrained(cfg.model)
+        if getattr(config, "activation_function", "") == "gelu_new":  # GPT-2's
+            config.activation_function = "gelu_pytorch_tanh"  # the same, in one kernel
         if Path(cfg.model).resolve() == SHIPPED_DATA / "tiny":  # without weights: draw them
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.model))
+            model = AutoModelForCausalLM.from_config(config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                cfg.model, config=config, dtype=torch.float32
+            )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--model {cfg.model}: {reason} (--small needs no hub)") from None
@@ -314,8 +319,7 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     logits = model.get_output_embeddings()(used).float()  # (n, V)
     targets = ids[..., 1:][predicted]  # (n,)
     picked = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    zeros = torch.zeros(predicted.shape, device=ids.device)  # (…, T−1)
-    return zeros.masked_scatter(predicted, picked)
+    return predicted.float().masked_scatter(predicted, picked)  # (…, T−1)
 
 
 def sequence_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -624,15 +628,12 @@ def train_policy(
             for minibatch in torch.randperm(cfg.pairs).split(cfg.minibatch):
                 # in the order of the batch, by length of the prompt
                 for part in minibatch.sort().values.split(cfg.micro_batch):
-                    # (b, 2) each
-                    logprobs = sequence_logprobs(policy, ids[part], response_mask[part])
-                    old = old_logprobs[part]
-                    ref = ref_logprobs[part]
+                    logprobs = sequence_logprobs(policy, ids[part], response_mask[part])  # (b, 2)
                     new_logprobs[part] = logprobs.detach()
                     loss, metrics = loss_fn(
                         logprobs,
-                        old,
-                        ref,
+                        old_logprobs[part],
+                        ref_logprobs[part],
                         scores[part],
                         beta=cfg.beta,
                         clip=cfg.clip,
@@ -640,7 +641,7 @@ def train_policy(
                     )
                     # gradients add up to that of the mean over the minibatch
                     (loss * len(part) / len(minibatch)).backward()
-                    sums["loss/policy"] += loss.detach() * len(part)
+                    metrics["loss/policy"] = loss.detach()
                     for key, value in metrics.items():
                         sums[key] += value * len(part)
                 if not optimizer.state:  # nothing was updated yet

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,38 @@ def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(plain_g
     assert model.config.pad_token_id == pad < model.get_input_embeddings().num_embeddings
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.dtype == torch.float32
+
+
+def test_gpt2s_activation_is_one_kernel_and_the_same_function(plain_gpt2, tmp_path):
+    """For other functions, as the shipped model's, nothing changes."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    own = GPT2LMHeadModel.from_pretrained(plain_gpt2).eval()
+    with torch.no_grad():
+        for weight in own.parameters():
+            weight.normal_()  # so large that another approximation of GELU would show
+    own.save_pretrained(plain_gpt2)
+    model, tokenizer = p3o.load_base(config(plain_gpt2))
+    for part in (model, p3o.load(saved(model, tokenizer, tmp_path / "sft"))):
+        logits = part(ids).logits[..., : own.config.vocab_size]  # but for the pad token's
+        assert torch.allclose(logits, own(ids).logits, atol=1e-4)
+        operations = {node.name() for node in graph(part(ids).logits.grad_fn)}
+        assert "GeluBackward0" in operations
+        assert "TanhBackward0" not in operations
+    relu, _ = p3o.load_base(p3o.Config(**p3o.SMALL))
+    assert "ReluBackward0" in {node.name() for node in graph(relu(ids).logits.grad_fn)}
+
+
+def saved(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    p3o.save(folder, model, tokenizer)
+    return folder
+
+
+def graph(node: torch.autograd.graph.Node) -> Iterator[torch.autograd.graph.Node]:
+    """All operations that led to a tensor."""
+    yield node
+    for before, _ in node.next_functions:
+        if before is not None:
+            yield from graph(before)
 
 
 def test_a_model_brings_no_penalties_of_its_own(plain_gpt2):

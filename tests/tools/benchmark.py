@@ -91,10 +91,13 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
         prompts = [pair.prompt for pair in pairs]
     else:
         tokenizer.add_tokens([f"<{i}>" for i in range(50257 - len(tokenizer))])
-        ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        policy = AutoModelForCausalLM.from_config(
-            GPT2Config(bos_token_id=ids["eos_token_id"], **ids)
+        config = GPT2Config(
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            activation_function="gelu_pytorch_tanh",  # as p3o.py has it, and so TRL as well
         )
+        policy = AutoModelForCausalLM.from_config(config)
         text = "".join(pair.prompt for pair in pairs)
         long = tokenizer(text)["input_ids"][: cfg.prompt_tokens * 1000]
         lengths = torch.randint(cfg.prompt_tokens // 8, cfg.prompt_tokens + 1, (1000,)).tolist()
@@ -234,9 +237,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     cfg = p3o.Config(**SIZES[args.size] | dict(iterations=args.iterations))
     if args.pairs:
+        # micro-batches stay the same share of a minibatch: sorting by length saves padding in them
+        parts = cfg.minibatch // cfg.micro_batch
         cfg.pairs = args.pairs
         cfg.minibatch = min(cfg.minibatch, cfg.pairs)
-        cfg.micro_batch = min(cfg.micro_batch, cfg.pairs)
+        cfg.micro_batch = max(1, cfg.minibatch // parts)
     ours = []
     theirs = []
     memory = 0

@@ -132,8 +132,9 @@ BUGS = [
     ),
     Bug(
         "masked by multiplication: NaN · 0 is NaN",
-        ("    return zeros.masked_scatter(predicted, picked)\n"),
+        ("    return predicted.float().masked_scatter(predicted, picked)  # (…, T−1)\n"),
         (
+            "    zeros = torch.zeros(predicted.shape, device=ids.device)\n"
             "    every = model.get_output_embeddings()(hidden).float().log_softmax(-1)\n"
             "    following = ids.flatten(0, -2)[:, 1 : end + 1, None]\n"
             "    zeros.view(len(hidden), -1)[:, :end] = every.gather(-1, following)[..., 0]\n"

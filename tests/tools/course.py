@@ -9,7 +9,7 @@
     python tests/tools/course.py check             # each problem's tests: fail before, pass after
     python tests/tools/course.py solutions         # the tests accept right code, and no wrong code
 
-Check a file with `python -m pytest -q tests --file mine.py`, one problem with `-k problem_3`.
+Check a file with `python -m pytest -q tests --file mine.py`, one problem with `-m problem_3`.
 """
 
 import argparse
