@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from toys import batch, encode, nothing, small, train
+from toys import encode, nothing, small, train
 
 import p3o
 
@@ -253,31 +253,3 @@ def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkey
     monkeypatch.setattr(p3o, "reward_scores", shifted)
     torch.manual_seed(0)
     assert p3o.set_gain(fresh(reward_model), policy, prompts, tiny[3]) == pytest.approx(factor)
-
-
-# ---- Mixed precision -----------------------------------------------------------------------
-@pytest.mark.problem_4
-def test_the_reward_head_is_applied_in_float32_to_hidden_states_in_mixed_precision(
-    tiny, fresh, monkeypatch
-):
-    """In what a GPU does, with the CPU's bf16; all rows at once or one after the other."""
-    model = fresh(tiny[1])
-    ids, mask = batch(tiny)
-    monkeypatch.setattr(p3o, "mixed_precision", torch.autocast("cpu", torch.bfloat16))
-    rows = []  # the hidden states of each row, (T, D)
-    in_bf16 = []
-
-    def watch(_, arguments, output):
-        rows.extend(output.last_hidden_state)
-        in_bf16.append(torch.is_autocast_enabled("cpu"))
-
-    model.base_model.register_forward_hook(watch)
-    with torch.no_grad():
-        scores = p3o.reward_scores(model, ids, mask)
-    last = (mask * torch.arange(ids.shape[1])).argmax(1)
-    read = torch.stack([row[t] for row, t in zip(rows, last, strict=True)]).double()
-    exact = read @ model.score.weight[0].double()
-    assert all(in_bf16), "the hidden states are not computed under mixed_precision"
-    assert scores.dtype == torch.float32
-    close = torch.allclose(scores.double(), exact, rtol=1e-5, atol=1e-6)
-    assert close, "the head is not applied in float32"

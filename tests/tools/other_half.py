@@ -19,7 +19,9 @@ from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import torch
+import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -107,6 +109,9 @@ def main() -> None:
     judge_command.add_argument("run", type=Path, metavar="RUN", help="a finished run of p3o.py")
     judge_command.add_argument("other", metavar="DIR/other", help="the judge's half")
     args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         if args.command == "split":
             split(args.pairs, args.folder, args.model)

@@ -174,8 +174,7 @@ def reward_scores__gather(model, ids, response_mask):
     flat = ids.reshape(-1, ids.shape[-1])
     lengths = response_mask.reshape(flat.shape).long().cumsum(-1)
     last = lengths.argmax(-1)  # the first column where the count is complete
-    with mixed_precision:
-        hidden = model.base_model(flat).last_hidden_state
+    hidden = model.base_model(flat).last_hidden_state
     index = last[:, None, None].expand(-1, 1, hidden.shape[-1])
     return model.score(hidden.gather(1, index)[:, 0]).float().reshape(ids.shape[:-1])
 
@@ -184,8 +183,7 @@ def reward_scores__rows(model, ids, response_mask):
     scores = []
     for row, mask in zip(ids.flatten(0, -2), response_mask.flatten(0, -2), strict=True):
         end = mask.nonzero().max().item() + 1
-        with mixed_precision:
-            hidden = model.base_model(row[None, :end]).last_hidden_state[0, -1]
+        hidden = model.base_model(row[None, :end]).last_hidden_state[0, -1]
         scores.append(model.score(hidden.float()))
     return torch.cat(scores).float().view(ids.shape[:-1])
 
@@ -193,8 +191,7 @@ def reward_scores__rows(model, ids, response_mask):
 def reward_scores__flip(model, ids, response_mask):
     mask = response_mask.flatten(0, -2)
     last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    with mixed_precision:
-        hidden = model.base_model(ids.flatten(0, -2))[0]
+    hidden = model.base_model(ids.flatten(0, -2))[0]
     return F.linear(hidden[last].float(), model.score.weight.float()).view(ids.shape[:-1])
 
 

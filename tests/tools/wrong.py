@@ -141,15 +141,6 @@ WRONG = [
         "last_hidden_state[0][mask[:end]].mean(0)",
         "library",
     ),
-    Wrong(
-        "the head in bf16, too",
-        "reward_scores__gather",
-        "    return model.score(hidden.gather(1, index)[:, 0]).float()",
-        "    with mixed_precision:\n"
-        "        scores = model.score(hidden.gather(1, index)[:, 0])\n"
-        "    return scores.float()",
-        "in float32",
-    ),
     # ---- 5
     Wrong(
         "chosen and rejected exchanged",
