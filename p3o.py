@@ -211,7 +211,7 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         config = AutoConfig.from_pretrained(cfg.model)
         if getattr(config, "activation_function", "") == "gelu_new":  # GPT-2's
-            config.activation_function = "gelu_pytorch_tanh"  # the same, in one kernel
+            config.activation_function = "gelu_pytorch_tanh"  # the same in one kernel
         if Path(cfg.model).resolve() == SHIPPED_DATA / "tiny":  # without weights: draw them
             model = AutoModelForCausalLM.from_config(config)
         else:
@@ -318,7 +318,7 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     logits = model.get_output_embeddings()(used).float()  # (n, V)
     targets = ids[..., 1:][predicted]  # (n,)
     picked = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    return predicted.float().masked_scatter(predicted, picked)  # (…, T−1)
+    return picked.new_zeros(predicted.shape).masked_scatter(predicted, picked)  # (…, T−1)
 
 
 def sequence_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:

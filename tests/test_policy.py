@@ -12,6 +12,7 @@ from toys import (
     batch,
     even_share,
     length_score,
+    nothing,
     run_policy,
     same_weights,
     small,
@@ -103,6 +104,47 @@ def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, promp
     assert 0.001 < gap.abs().max() < 0.5
     with pytest.raises(AssertionError, match="KL = 0"):
         run_policy(tiny[0], reference, length_score, prompts, cfg)
+
+
+def test_the_self_check_stops_a_run_whose_ratio_is_not_1(toy):
+    """As where dropout is on in updates alone."""
+    policy = copy.deepcopy(toy)
+
+    def disturb(_, arguments, output):
+        if torch.is_grad_enabled():  # in updates, neither in sampling nor in in_parts
+            output.last_hidden_state = output.last_hidden_state * 1.01
+        return output
+
+    policy.base_model.register_forward_hook(disturb)
+    cfg = small(iterations=1, pairs=4, minibatch=4, response_tokens=LONGEST)
+    with pytest.raises(AssertionError, match="ratio = 1"):
+        p3o.train_policy(policy, toy, length_score, TOY_PROMPTS * 4, cfg, nothing)
+
+
+@pytest.mark.problem_8
+def test_a_smaller_last_minibatch_counts_as_its_pairs_do(toy):
+    """Its gradient is that of its own mean loss, and its norm weighs as many pairs."""
+    sizes = dict(iterations=1, pairs=7, minibatch=4, micro_batch=4, inner_epochs=1)
+    cfg = small(**sizes, lr=0.0, response_tokens=LONGEST)
+    policy = copy.deepcopy(toy)
+    own = []  # pairs, and norm of the gradient of their mean loss
+
+    def watched(logprobs, *rest, **options):
+        loss, metrics = p3o.p3o_loss(logprobs, *rest, **options)
+        gradient = torch.autograd.grad(loss, policy.parameters(), retain_graph=True)
+        norm = torch.cat([part.flatten() for part in gradient]).norm().item()
+        own.append((len(logprobs), norm))
+        return loss, metrics
+
+    rows = []
+
+    def log(step, row) -> None:
+        rows.append(row)
+
+    p3o.train_policy(policy, toy, length_score, TOY_PROMPTS * 7, cfg, log, watched)
+    assert [pairs for pairs, _ in own] == [4, 3]
+    mean = sum(pairs * norm for pairs, norm in own) / 7
+    assert rows[0]["policy/grad_norm"] == pytest.approx(mean, rel=1e-4)
 
 
 @pytest.mark.problem_8

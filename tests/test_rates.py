@@ -35,7 +35,7 @@ def start() -> torch.nn.Linear:
 
 def test_the_least_loss_of_the_last_quarter_is_handed_on(capsys):
     """On the same batches, whatever came before."""
-    by_rate = {0.001: [1.0] * 8, 0.005: [9.0] * 6 + [0.5, 0.7], 0.025: [0.1] * 6 + [2.0] * 2}
+    by_rate = {0.001: [1.0] * 12, 0.005: [9.0] * 9 + [0.4, 0.5, 0.9], 0.025: [0.1] * 9 + [2.0] * 3}
     train, draws = losses(by_rate)
     best = rates.best_of("sft", start(), train, CFG)
     assert best.bias.item() == pytest.approx(0.005)
@@ -43,7 +43,7 @@ def test_the_least_loss_of_the_last_quarter_is_handed_on(capsys):
     printed = capsys.readouterr().out
     assert "sft_lr: 0.005 is the best of these\n" in printed
     found = re.findall(r"sft_lr (\S+): sft/loss (\S+); (\d+) steps", printed)
-    assert found == [("0.001", "1.000", "8"), ("0.005", "0.600", "8"), ("0.025", "2.000", "8")]
+    assert found == [("0.001", "1.000", "12"), ("0.005", "0.600", "12"), ("0.025", "2.000", "12")]
 
 
 def test_a_rate_that_diverges_is_named_and_passed_over(capsys):
@@ -79,9 +79,10 @@ def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
     sampler = []
     set_gain = p3o.set_gain
 
-    def watched_gain(model, policy, *rest) -> float:
+    def watched_gain(model, policy, prompts, cfg) -> float:
+        assert len(prompts) == p3o.GAIN_PROMPTS
         sampler.append(policy)
-        return set_gain(model, policy, *rest)
+        return set_gain(model, policy, prompts, cfg)
 
     monkeypatch.setattr(p3o, "set_gain", watched_gain)
     options = "--small --batch 32 --iterations 2 --pairs 4 --minibatch 2 --response-tokens 8"
@@ -135,6 +136,12 @@ def watched(plain, tried: list, bodies: list, models: list):
 def test_too_few_pairs_are_one_line():
     with pytest.raises(SystemExit, match=r"^rates.py: .*fewer than a --batch"):
         rates.main(["--small", "--batch", "20000"])
+
+
+def test_one_iteration_would_tell_nothing():
+    """Its samples are the same at each rate."""
+    with pytest.raises(SystemExit, match=r"^rates.py: --iterations must be at least 2"):
+        rates.main(["--small", "--batch", "8", "--iterations", "1"])
 
 
 def test_rates_that_all_diverge_are_one_line(monkeypatch):

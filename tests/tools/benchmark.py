@@ -231,7 +231,9 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--iterations", type=int, default=10, help="of each turn")
-    parser.add_argument("--pairs", type=int, help="prompts an iteration")
+    parser.add_argument(
+        "--pairs", type=int, help="prompts an iteration; minibatches shrink with them"
+    )
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -242,6 +244,8 @@ def main() -> None:
         cfg.pairs = args.pairs
         cfg.minibatch = min(cfg.minibatch, cfg.pairs)
         cfg.micro_batch = max(1, cfg.minibatch // parts)
+    if cfg.pairs % cfg.minibatch or cfg.minibatch % cfg.micro_batch:
+        parser.error("--pairs must divide into minibatches and these into parts: try a power of 2")
     ours = []
     theirs = []
     memory = 0

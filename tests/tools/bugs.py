@@ -132,7 +132,10 @@ BUGS = [
     ),
     Bug(
         "masked by multiplication: NaN · 0 is NaN",
-        ("    return predicted.float().masked_scatter(predicted, picked)  # (…, T−1)\n"),
+        (
+            "    return picked.new_zeros(predicted.shape).masked_scatter(predicted, picked)"
+            "  # (…, T−1)\n"
+        ),
         (
             "    zeros = torch.zeros(predicted.shape, device=ids.device)\n"
             "    every = model.get_output_embeddings()(hidden).float().log_softmax(-1)\n"

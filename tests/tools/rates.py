@@ -6,6 +6,7 @@ Takes the options of p3o.py: --iterations is the length of a trial of stage 3; -
 --eval-prompts change nothing, and nothing is written. Each stage tries a fifth of its learning
 rate, the rate, and five times it, and hands the best on to the next stage. As in a run of one
 epoch, stages 1 and 2 see no pair twice, so the loss of their last updates is of pairs new to them.
+Stage 3 is judged by what was sampled before its last updates.
 What is best in so few updates need not be best in a long run.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -91,6 +93,8 @@ def try_all(cfg: p3o.Config) -> None:
     few = few[: len(few) // cfg.batch * cfg.batch]  # whole batches
     if not few:
         raise InputError(f"{len(examples)} pairs are left, fewer than a --batch")
+    if cfg.iterations < 2:
+        raise InputError("--iterations must be at least 2: the first samples are SFT's")
     cfg = replace(cfg, epochs=1)
 
     def train_sft(model, tried, log) -> None:
@@ -117,6 +121,8 @@ def try_all(cfg: p3o.Config) -> None:
 
 def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         cfg = p3o.parse_config(argv)
         try_hub(cfg.model, cfg.data)
