@@ -253,6 +253,28 @@ def test_a_bad_row_is_named_with_its_number(tmp_path):
         load_pairs(str(path))
 
 
+def test_a_dataset_of_the_hub_is_shuffled_always_alike_and_a_file_keeps_its_order(
+    tmp_path, monkeypatch
+):
+    """The first rows would else be those of its first source."""
+    rows = []
+    for number in range(200):
+        rows.append({"prompt": f"P{number}", "chosen": f"A{number}", "rejected": "B"})
+    pairs = [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:150]))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[150:]))
+    assert load_pairs(str(tmp_path)) == (pairs[:150], pairs[150:])
+
+    plain = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: plain(str(tmp_path)))
+    train, heldout = load_pairs("someone/pairs")
+    assert sorted(train) == sorted(pairs[:150])
+    assert sorted(heldout) == sorted(pairs[150:])
+    from_late = [pair for pair in train[:20] if pairs.index(pair) >= 75]
+    assert 4 < len(from_late) < 16, "the first rows stand for all"
+    assert (train, heldout) == load_pairs("someone/pairs")
+
+
 def test_one_held_out_pair_is_too_few(tmp_path):
     """One figure has no interval."""
     write(tmp_path / "train.jsonl", ROWS[:30])
