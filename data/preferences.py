@@ -84,7 +84,7 @@ def load_splits(source: str) -> dict[str, list[dict]]:
         loaded = datasets.load_dataset(**place)
         if not path.exists():
             # HH comes source by source, and what is measured on a few rows takes the first
-            loaded = loaded.shuffle(seed=0)
+            loaded = loaded.shuffle(seed=0, keep_in_memory=True)
         return {split: rows.to_list() for split, rows in loaded.items()}
     except (ValueError, StopIteration, OSError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error) or "no rows"

@@ -107,11 +107,11 @@ def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, promp
 
 
 def test_the_self_check_stops_a_run_whose_ratio_is_not_1(toy):
-    """As where dropout is on in updates alone."""
+    """As where dropout is on in sampling and scoring alone: new is as the reference, old is not."""
     policy = copy.deepcopy(toy)
 
     def disturb(_, arguments, output):
-        if torch.is_grad_enabled():  # in updates, neither in sampling nor in in_parts
+        if not torch.is_grad_enabled():  # in sampling and in in_parts, not in updates
             output.last_hidden_state = output.last_hidden_state * 1.01
         return output
 

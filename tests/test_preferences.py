@@ -265,13 +265,17 @@ def test_a_dataset_of_the_hub_is_shuffled_always_alike_and_a_file_keeps_its_orde
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[150:]))
     assert load_pairs(str(tmp_path)) == (pairs[:150], pairs[150:])
 
+    held_out_of_it = load_pairs(str(tmp_path / "train.jsonl"))
+    assert [sorted(part, key=pairs.index) == part for part in held_out_of_it] == [True, True]
+
     plain = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda path: plain(str(tmp_path)))
     train, heldout = load_pairs("someone/pairs")
     assert sorted(train) == sorted(pairs[:150])
     assert sorted(heldout) == sorted(pairs[150:])
-    from_late = [pair for pair in train[:20] if pairs.index(pair) >= 75]
-    assert 4 < len(from_late) < 16, "the first rows stand for all"
+    for part, middle in ((train, 75), (heldout, 175)):
+        from_late = [pair for pair in part[:20] if pairs.index(pair) >= middle]
+        assert 4 < len(from_late) < 16, "the first rows stand for all"
     assert (train, heldout) == load_pairs("someone/pairs")
 
 

@@ -24,7 +24,7 @@ def test_tf32_keeps_ten_bits_and_bf16_seven_to_the_nearest():
     assert torch.equal(rounding.to_tf32(values), expected)
 
 
-@pytest.mark.parametrize("into", ["TF32", "bf16"])
+@pytest.mark.parametrize("into", ["TF32", rounding.BODY_ONLY, "bf16"])
 def test_each_linear_layer_is_rounded_and_the_embedding_is_not(tiny, into):
     model = tiny[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -36,26 +36,63 @@ def test_each_linear_layer_is_rounded_and_the_embedding_is_not(tiny, into):
         found = copy.transformer.h[0].mlp.c_fc(x)
         exact = function(x) @ function(layer.weight) + layer.bias
         assert torch.allclose(found, exact if into == "TF32" else function(exact), rtol=1e-2)
-        assert torch.equal(found, function(found)) == (into == "bf16")
+        assert torch.equal(found, function(found)) == (into != "TF32")
         head = copy.lm_head(x)
-        assert torch.allclose(head, function(x) @ function(model.lm_head.weight).T, rtol=1e-2)
-        assert not torch.allclose(head, model.lm_head(x), atol=1e-6)
+        if into == rounding.BODY_ONLY:
+            assert torch.equal(head, model.lm_head(x))
+        else:
+            product = function(x) @ function(model.lm_head.weight).T
+            assert torch.allclose(head, product, rtol=1e-2, atol=1e-3)
+            assert torch.equal(head, function(head)) == (into == "bf16")
+            assert not torch.allclose(head, model.lm_head(x), atol=1e-6)
     assert torch.equal(copy.transformer.wte.weight, model.transformer.wte.weight)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), "the model itself is left alone"
 
 
-def test_bf16_moves_log_ratios_more_than_tf32_and_that_more_than_the_step(capsys):
-    rounding.main(["--small", "--lr", "1e-7", "--minibatch", "16", "--clip-range", "1e-3"])
+def test_a_step_moves_each_weight_up_or_down_and_a_shared_one_once(tiny):
+    model = tiny[0]
+    with torch.no_grad():
+        moved = rounding.step(model, 0.5)
+    assert moved.lm_head.weight is moved.transformer.wte.weight
+    up = []
+    for new, old in zip(moved.parameters(), model.parameters(), strict=True):
+        assert torch.allclose((new - old).abs(), torch.tensor(0.5))
+        up.append((new > old).flatten())
+    assert 0.45 < torch.cat(up).float().mean() < 0.55
+
+
+def test_bf16_moves_log_ratios_more_than_tf32_and_that_more_than_the_step(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    rows = printed("1e-7", capsys)
+    assert asked == ["highest"], "where there is a GPU, p3o.py has set TF32"
+    assert list(rows) == list(rounding.PRECISIONS)
+    exact, tf32, body, bf16 = rows.values()
+    assert exact[0] == 0
+    assert 4 * tf32[0] < body[0] < bf16[0]
+    assert exact[1] < tf32[1] < bf16[1] / 4
+    assert exact[2] <= tf32[2] <= bf16[2] > 0.5
+    far = printed("1e-3", capsys)["fp32"][1]
+    assert far > 100 * max(exact[1], 1e-4), "a larger step goes further"
+
+
+def test_what_moves_both_responses_alike_does_not_move_u(capsys, monkeypatch):
+    def same_for_both(model, ids, mask):
+        return model.get_input_embeddings().weight.sum().expand(ids.shape[:-1])
+
+    monkeypatch.setattr(p3o, "sequence_logprobs", same_for_both)
+    for _, size, beyond in printed("1e-3", capsys).values():
+        assert size == beyond == 0
+
+
+def printed(lr: str, capsys) -> dict[str, list[float]]:
+    """The figures of each precision."""
+    rounding.main(["--small", "--lr", lr, "--minibatch", "16", "--clip-range", "1e-3"])
     shown = capsys.readouterr().out
     assert re.search(r"16 pairs, responses of 1\d tokens", shown)
-    pattern = r"(\w+): .* off by (\S+) nats; u after a step (\S+), beyond ε in (\S+) of"
-    rows = {name: list(map(float, row)) for name, *row in re.findall(pattern, shown)}
-    assert list(rows) == ["fp32", "TF32", "bf16"]
-    assert rows["fp32"][0] == 0
-    assert 4 * rows["TF32"][0] < rows["bf16"][0]
-    assert rows["fp32"][1] < rows["TF32"][1] < rows["bf16"][1] / 4
-    assert rows["fp32"][2] <= rows["TF32"][2] <= rows["bf16"][2] > 0.5
+    pattern = r"(.+): log.* off by (\S+) nats; u after a step (\S+), beyond ε in (\S+) of"
+    return {name: list(map(float, row)) for name, *row in re.findall(pattern, shown)}
 
 
 def test_too_few_pairs_and_bad_input_are_one_line():

@@ -3,10 +3,10 @@
     python tests/tools/rounding.py --model MODEL --data PAIRS --lr 2e-6
 
 Takes the options of p3o.py. For the pairs of one minibatch, both answers as if they were samples,
-it computes log π(y|x) before and after one step of --lr in a random direction, once exactly and
-once with rounded products, and prints by how much. Rounding is emulated, on any machine: what
-goes into each linear layer and its weights, and in bf16 also what comes out. The products within
-attention are left exact.
+it computes log π(y|x) before and after one step of ±--lr on every weight, signs at random, in each
+precision, and prints what rounding does to it. That is emulated, on any machine, and in linear
+layers alone: of what goes into them and their weights, in bf16 also of what comes out. Attention
+and all else stay in fp32.
 """
 
 import copy
@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from transformers.pytorch_utils import Conv1D
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import p3o
 from data.preferences import InputError, load_pairs, try_hub
+
+BODY_ONLY = "bf16, but the head"
+PRECISIONS = ("fp32", "TF32", BODY_ONLY, "bf16")
 
 
 def to_tf32(x: Tensor) -> Tensor:
@@ -37,18 +41,30 @@ def to_bf16(x: Tensor) -> Tensor:
 
 
 def rounded(model: PreTrainedModel, into: str) -> PreTrainedModel:
-    """A copy whose linear layers compute in "fp32", "TF32" or "bf16"."""
+    """A copy whose linear layers compute in one of PRECISIONS."""
     model = copy.deepcopy(model)
     if into == "fp32":
         return model
-    rounding = {"TF32": to_tf32, "bf16": to_bf16}[into]
+    rounding = to_tf32 if into == "TF32" else to_bf16
+    head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            # a new parameter: the head's may be shared with the embedding, which is no product
-            module.weight = nn.Parameter(rounding(module.weight.detach()))
-            module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
-            if into == "bf16":
-                module.register_forward_hook(lambda _, inputs, output: rounding(output))
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if module is head and into == BODY_ONLY:
+            continue
+        # a new parameter: the head's may be shared with the embedding, which is no product
+        module.weight = nn.Parameter(rounding(module.weight.detach()))
+        module.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]),))
+        if rounding is to_bf16:
+            module.register_forward_hook(lambda _, inputs, output: rounding(output))
+    return model
+
+
+def step(model: PreTrainedModel, lr: float) -> PreTrainedModel:
+    """A copy, each weight moved by lr up or down."""
+    model = copy.deepcopy(model)
+    for weight in model.parameters():
+        weight.add_(lr * torch.randn_like(weight).sign())
     return model
 
 
@@ -69,9 +85,7 @@ def compare(cfg: p3o.Config) -> None:
     ids, response_mask = p3o.collate(prompts, responses, before)  # (2B, T)
     shape = (cfg.minibatch, 2, -1)
     ids, response_mask = ids.view(shape), response_mask.view(shape)
-    after = copy.deepcopy(before)
-    for weight in after.parameters():
-        weight.add_(cfg.lr * torch.randn_like(weight).sign())
+    after = step(before, cfg.lr)
 
     def logprobs(model: PreTrainedModel, into: str) -> Tensor:
         total = partial(p3o.sequence_logprobs, rounded(model, into))
@@ -80,7 +94,7 @@ def compare(cfg: p3o.Config) -> None:
     length = response_mask.sum(-1).double().mean()
     print(f"{cfg.minibatch} pairs, responses of {length:.0f} tokens in the mean; root mean squares")
     exact = logprobs(before, "fp32")
-    for into in ("fp32", "TF32", "bf16"):
+    for into in PRECISIONS:
         old = logprobs(before, into)
         log_ratio = logprobs(after, into) - old  # (B, 2)
         u = log_ratio[:, 0] - log_ratio[:, 1]  # (B,)
@@ -97,6 +111,8 @@ def compare(cfg: p3o.Config) -> None:
 def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_float32_matmul_precision("highest")  # where p3o.py has set TF32
     try:
         cfg = p3o.parse_config(argv)
         try_hub(cfg.model, cfg.data)
