@@ -644,8 +644,9 @@ def train_policy(
                         sums[key] += value * len(part)
                 if not optimizer.state:  # nothing was updated yet
                     drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
-                    none = drift.abs().max() < (1.0 if DEVICE == "cuda" else 1e-3)  # by rounding
-                    self_check("ratio = 1 and KL = 0 before the first update", none)
+                    rounding = 1.0 if DEVICE == "cuda" else 1e-3  # nats
+                    same = drift.abs().max() < rounding
+                    self_check("ratio = 1 and KL = 0 before the first update", same)
                 norm = gradient_step(policy, optimizer, lr)
                 sums["policy/grad_norm"] += norm * len(minibatch)
 

@@ -106,19 +106,28 @@ def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, promp
         run_policy(tiny[0], reference, length_score, prompts, cfg)
 
 
-def test_the_self_check_stops_a_run_whose_ratio_is_not_1(toy):
-    """As where dropout is on in sampling and scoring alone: new is as the reference, old is not."""
+@pytest.mark.parametrize(
+    ("updating", "rows"),
+    [
+        pytest.param(True, slice(None), id="in updates"),
+        pytest.param(False, slice(None), id="in sampling and scoring"),
+        pytest.param(True, slice(1), id="in one response"),
+    ],
+)
+def test_the_self_check_stops_a_run_whose_ratio_is_not_1(toy, updating, rows):
+    """As where dropout is on in one place alone."""
     policy = copy.deepcopy(toy)
 
     def disturb(_, arguments, output):
-        if not torch.is_grad_enabled():  # in sampling and in in_parts, not in updates
-            output.last_hidden_state = output.last_hidden_state * 1.01
+        if torch.is_grad_enabled() == updating:
+            output.last_hidden_state = output.last_hidden_state.clone()
+            output.last_hidden_state[rows] *= 1.01
         return output
 
     policy.base_model.register_forward_hook(disturb)
-    cfg = small(iterations=1, pairs=4, minibatch=4, response_tokens=LONGEST)
+    cfg = small(iterations=1, pairs=64, minibatch=64, micro_batch=64, response_tokens=LONGEST)
     with pytest.raises(AssertionError, match="ratio = 1"):
-        p3o.train_policy(policy, toy, length_score, TOY_PROMPTS * 4, cfg, nothing)
+        p3o.train_policy(policy, toy, length_score, TOY_PROMPTS * 64, cfg, nothing)
 
 
 @pytest.mark.problem_8

@@ -5,9 +5,9 @@
 Takes the options of p3o.py: --iterations is the length of a trial of stage 3; --out, --epochs and
 --eval-prompts change nothing, and nothing is written. Each stage tries a fifth of its learning
 rate, the rate, and five times it, and hands the best on to the next stage. As in a run of one
-epoch, stages 1 and 2 see no pair twice, so the loss of their last updates is of pairs new to them.
-Stage 3 is judged by what was sampled before its last updates.
-What is best in so few updates need not be best in a long run.
+epoch, stages 1 and 2 see no pair twice, so the loss of their last updates is of pairs new to them;
+stage 3 is judged by what it sampled before its last updates. What is best in so few updates need
+not be best in a long run.
 """
 
 import copy
