@@ -3,10 +3,11 @@
     python tests/tools/benchmark.py                  # the small run's model
     python tests/tools/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
 
-Both take turns in one process, with one model, the same prompts, and as many samples and updates.
-The first iteration of a turn is not counted. Neither drops anything out; TRL computes entropies,
-too, and scores text, as it does for its users. Limits are measured as well: the rate of a large
-copy, and that of a large matrix product.
+They take turns in one process, with one model, the same prompts, and as many samples and updates:
+p3o.py; TRL alike, without dropout and with GPT-2's activation in one kernel; and TRL as it comes,
+with both as the model's configuration has them. The first iteration of a turn is not counted. TRL
+computes entropies, too, and scores text, as it does for its users. Limits are measured as well:
+the rate of a large copy, and that of a large matrix product.
 """
 
 import argparse
@@ -95,7 +96,6 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            activation_function="gelu_pytorch_tanh",  # as p3o.py has it, and so TRL as well
         )
         policy = AutoModelForCausalLM.from_config(config)
         text = "".join(pair.prompt for pair in pairs)
@@ -115,9 +115,13 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
     return prompts
 
 
-def load(folder: Path, name: str):
+def load(folder: Path, name: str, as_it_comes: bool = False):
     kind = AutoModelForCausalLM if name == "policy" else AutoModelForSequenceClassification
-    return kind.from_pretrained(folder / name, dtype=torch.float32).to(p3o.DEVICE)
+    config = AutoConfig.from_pretrained(folder / name)
+    if config.activation_function == "gelu_new" and not as_it_comes:  # as in p3o.load_base
+        config.activation_function = "gelu_pytorch_tanh"
+    model = kind.from_pretrained(folder / name, config=config, dtype=torch.float32)
+    return model.to(p3o.DEVICE)
 
 
 def device_name() -> str:
@@ -173,7 +177,7 @@ def time_p3o(cfg: p3o.Config, folder: Path, prompts: list[str]) -> dict[str, flo
     return {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
 
 
-def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
+def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str], as_it_comes: bool) -> float:
     """Median seconds of an iteration: as many samples, updates and passes over them."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
@@ -194,9 +198,9 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
         logging_steps=10**6,
         use_cpu=not CUDA,
         bf16=False,  # as p3o.py, which on a GPU makes products TF32 for both
-        disable_dropout=True,  # as p3o.py
+        disable_dropout=not as_it_comes,
         dataloader_pin_memory=CUDA,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         learning_rate=cfg.lr,
         beta=cfg.beta,
         num_generations=2,
@@ -212,8 +216,8 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     trainer = RLOOTrainer(
-        model=load(folder, "policy"),
-        reward_funcs=load(folder, "reward"),
+        model=load(folder, "policy", as_it_comes),
+        reward_funcs=load(folder, "reward", as_it_comes),
         args=options,
         callbacks=[Clock()],
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
@@ -247,9 +251,13 @@ def main() -> None:
     if cfg.pairs % cfg.minibatch or cfg.minibatch % cfg.micro_batch:
         parser.error("--pairs must divide into minibatches and these into parts: try a power of 2")
     ours = []
-    theirs = []
+    theirs = {"alike": [], "as it comes": []}
     memory = 0
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         folder = Path(name)
         prompts = prepare(cfg, args.size, folder)
         for _ in range(args.rounds):
@@ -258,11 +266,9 @@ def main() -> None:
             ours.append(time_p3o(cfg, folder, prompts))
             peak = torch.cuda.max_memory_allocated() if CUDA else 0
             memory = max(memory, peak)
-            with (
-                contextlib.suppress(ModuleNotFoundError),
-                contextlib.redirect_stdout(io.StringIO()),
-            ):
-                theirs.append(time_trl(cfg, folder, prompts))
+            with contextlib.suppress(ModuleNotFoundError):
+                for how, turns in theirs.items():
+                    turns.append(time_trl(cfg, folder, prompts, how == "as it comes"))
         model = load(folder, "policy")
     mine = {key: statistics.median(turn[key] for turn in ours) for key in ours[0]}
     mine["updates"] = mine["iteration"] - mine["sample"] - mine["in_parts"]
@@ -297,11 +303,14 @@ def main() -> None:
     share = compute / product / mine["updates"]
     print(f"| updates | {mine['updates']:.3f} | {rate_of:.0f} | {share:.0%} of arithmetic |")
     print(f"| iteration of p3o.py | {mine['iteration']:.3f} | | |")
-    if theirs:
-        ratios = [their / our["iteration"] for their, our in zip(theirs, ours, strict=True)]
-        name = f"RLOOTrainer of TRL {importlib.metadata.version('trl')}"
-        print(f"| iteration of {name} | {statistics.median(theirs):.3f} | | |")
-        print(f"\nTRL / p3o.py, each turn: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    if theirs["alike"]:
+        trl = f"TRL {importlib.metadata.version('trl')}"
+        for how, turns in theirs.items():
+            name = f"iteration of {trl}'s RLOOTrainer, {how}"
+            print(f"| {name} | {statistics.median(turns):.3f} | | |")
+        for how, turns in theirs.items():
+            ratios = [their / our["iteration"] for their, our in zip(turns, ours, strict=True)]
+            print(f"\n{trl} {how} / p3o.py, each turn: {', '.join(f'{r:.2f}' for r in ratios)}")
     if CUDA:
         print(f"\npeak memory of p3o.py: {memory / 2**30:.1f} GiB")
 

@@ -1,10 +1,10 @@
-"""tests/tools/rates.py: what it tries, what it says of it, and what it hands on."""
+"""tests/tools/trials.py: what it tries, what it says of it, and what it hands on."""
 
 import re
 
 import pytest
-import rates
 import torch
+import trials
 
 import p3o
 
@@ -37,8 +37,8 @@ def test_the_least_loss_of_the_last_quarter_is_handed_on(capsys):
     """On the same batches, whatever came before."""
     by_rate = {0.001: [1.0] * 12, 0.005: [9.0] * 9 + [0.4, 0.5, 0.9], 0.025: [0.1] * 9 + [2.0] * 3}
     train, draws = losses(by_rate)
-    best = rates.best_of("sft", start(), train, CFG)
-    assert best.bias.item() == pytest.approx(0.005)
+    rate, best = trials.best_of("sft", start(), train, CFG)
+    assert (rate, best.bias.item()) == (0.005, pytest.approx(0.005))
     assert draws[0] == draws[1] == draws[2]
     printed = capsys.readouterr().out
     assert "sft_lr: 0.005 is the best of these\n" in printed
@@ -48,11 +48,20 @@ def test_the_least_loss_of_the_last_quarter_is_handed_on(capsys):
 
 def test_a_rate_that_diverges_is_named_and_passed_over(capsys):
     train, _ = losses({0.001: [1.0] * 8, 0.005: [0.1] * 8, 0.025: [0.0]})
-    assert rates.best_of("sft", start(), train, CFG).bias.item() == pytest.approx(0.005)
+    _, best = trials.best_of("sft", start(), train, CFG)
+    assert best.bias.item() == pytest.approx(0.005)
     assert "sft_lr 0.025: NaN in the gradient\n" in capsys.readouterr().out
     train, _ = losses({0.001: [], 0.005: [], 0.025: []})
     with pytest.raises(FloatingPointError, match=r"--sft_lr.*smaller"):
-        rates.best_of("sft", start(), train, CFG)
+        trials.best_of("sft", start(), train, CFG)
+
+
+@pytest.mark.parametrize(("best", "edge"), [(0.001, True), (0.005, False), (0.025, True)])
+def test_it_says_that_the_best_rate_lies_at_the_edge(best, edge, capsys):
+    train, _ = losses({rate: [float(rate != best)] * 8 for rate in (0.001, 0.005, 0.025)})
+    trials.best_of("sft", start(), train, CFG)
+    end = ", at their edge: try beyond it\n" if edge else "\n"
+    assert capsys.readouterr().out.endswith(f"sft_lr: {best:g} is the best of these{end}")
 
 
 def test_stage_3_pays_for_its_kl(capsys):
@@ -63,14 +72,15 @@ def test_stage_3_pays_for_its_kl(capsys):
         log(0, {"objective/scores": score, "objective/kl": kl, "response/finished": 0.9})
         model.bias.data.fill_(cfg.lr)
 
-    assert rates.best_of("p3o", start(), train, CFG).bias.item() == pytest.approx(0.0004)
+    _, best = trials.best_of("p3o", start(), train, CFG)
+    assert best.bias.item() == pytest.approx(0.0004)
     line = "lr 0.002: objective/scores 2.000, objective/kl 20.000, response/finished 0.900; 1 steps"
     assert line in capsys.readouterr().out
 
 
 def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
-    monkeypatch.setattr(rates, "FACTORS", (0.5, 1))
-    monkeypatch.setattr(rates, "UPDATES", 3)
+    monkeypatch.setattr(trials, "FACTORS", (0.5, 1))
+    monkeypatch.setattr(trials, "UPDATES", 3)
     tried = []
     bodies = []
     models = []
@@ -86,7 +96,7 @@ def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
 
     monkeypatch.setattr(p3o, "set_gain", watched_gain)
     options = "--small --batch 32 --iterations 2 --pairs 4 --minibatch 2 --response-tokens 8"
-    rates.main(options.split())
+    trials.main(options.split())
     printed = capsys.readouterr().out
     figures = re.findall(r"^(\w+) (\S+): .*; (\d+) steps", printed, re.MULTILINE)
     assert figures == [
@@ -96,12 +106,27 @@ def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
         ("reward_lr", "0.002", "3"),
         ("lr", "0.001", "2"),
         ("lr", "0.002", "2"),
+        ("beta", "0.02", "2"),
+        ("beta", "0.5", "2"),
+        ("inner_epochs", "1", "2"),
+        ("inner_epochs", "4", "2"),
     ]
-    whole = (CFG.sft_lr, CFG.reward_lr, CFG.lr)
-    assert tried[0] == (CFG.sft_lr / 2, CFG.reward_lr, CFG.lr)
-    assert tried[2] == (CFG.sft_lr, CFG.reward_lr / 2, CFG.lr)
-    assert tried[4] == (CFG.sft_lr, CFG.reward_lr, CFG.lr / 2)
-    assert tried[1] == tried[3] == tried[5] == whole
+    found = re.search(r"^lr: (\S+) is the best", printed, re.MULTILINE)
+    best = float(found[1])
+    whole = dict(sft_lr=CFG.sft_lr, reward_lr=CFG.reward_lr, lr=CFG.lr, beta=0.1, inner_epochs=2)
+    changes = [
+        dict(sft_lr=CFG.sft_lr / 2),
+        dict(),
+        dict(reward_lr=CFG.reward_lr / 2),
+        dict(),
+        dict(lr=CFG.lr / 2),
+        dict(),
+        dict(lr=best, beta=0.02),
+        dict(lr=best, beta=0.5),
+        dict(lr=best, inner_epochs=1),
+        dict(lr=best, inner_epochs=4),
+    ]
+    assert tried == [whole | change for change in changes]
     torch.manual_seed(0)
     base, _ = p3o.load_base(CFG)
     sft, reward_model, prompts = models[-1]
@@ -118,12 +143,13 @@ def test_each_stage_starts_from_what_the_stage_before_made(capsys, monkeypatch):
 
 
 def watched(plain, tried: list, bodies: list, models: list):
-    """A stage that also keeps the rates, the weights that it began with, and in stage 3 the rest:
-    reference, reward model and prompts."""
+    """A stage that also keeps its options, the weights that it began with, and in stage 3 the
+    rest: reference, reward model and prompts."""
 
     def train(model, *rest) -> None:
         cfg = rest[-2]
-        tried.append((cfg.sft_lr, cfg.reward_lr, cfg.lr))
+        names = ("sft_lr", "reward_lr", "lr", "beta", "inner_epochs")
+        tried.append({name: getattr(cfg, name) for name in names})
         bodies.append(model.base_model.wte.weight.detach().clone())
         if plain.__name__ == "train_policy":
             reference, score, prompts, *_ = rest
@@ -134,22 +160,22 @@ def watched(plain, tried: list, bodies: list, models: list):
 
 
 def test_too_few_pairs_are_one_line():
-    with pytest.raises(SystemExit, match=r"^rates.py: .*fewer than a --batch"):
-        rates.main(["--small", "--batch", "20000"])
+    with pytest.raises(SystemExit, match=r"^trials.py: .*fewer than a --batch"):
+        trials.main(["--small", "--batch", "20000"])
 
 
 def test_one_iteration_would_tell_nothing():
     """Its samples are the same at each rate."""
-    with pytest.raises(SystemExit, match=r"^rates.py: --iterations must be at least 2"):
-        rates.main(["--small", "--batch", "8", "--iterations", "1"])
+    with pytest.raises(SystemExit, match=r"^trials.py: --iterations must be at least 2"):
+        trials.main(["--small", "--batch", "8", "--iterations", "1"])
 
 
 def test_rates_that_all_diverge_are_one_line(monkeypatch):
-    monkeypatch.setattr(rates, "FACTORS", (1e30,))
-    with pytest.raises(SystemExit, match=r"^rates.py: no --sft_lr"):
-        rates.main(["--small", "--batch", "8"])
+    monkeypatch.setattr(trials, "FACTORS", (1e30,))
+    with pytest.raises(SystemExit, match=r"^trials.py: no --sft_lr"):
+        trials.main(["--small", "--batch", "8"])
 
 
 def test_bad_input_is_one_line():
-    with pytest.raises(SystemExit, match=r"^rates.py: .*nowhere"):
-        rates.main(["--small", "--data", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^trials.py: .*nowhere"):
+        trials.main(["--small", "--data", "nowhere"])
