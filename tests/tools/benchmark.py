@@ -3,11 +3,16 @@
     python tests/tools/benchmark.py                  # the small run's model
     python tests/tools/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
 
-They take turns in one process, with one model, the same prompts, and as many samples and updates:
-p3o.py; TRL alike, without dropout and with GPT-2's activation in one kernel; and TRL as it comes,
-with both as the model's configuration has them. The first iteration of a turn is not counted. TRL
-computes entropies, too, and scores text, as it does for its users. Limits are measured as well:
-the rate of a large copy, and that of a large matrix product.
+Three take turns in one process, from the same weights and prompts, with as many samples and
+updates, in fp32 and without gradient checkpointing:
+
+    p3o.py
+    TRL, alike  without dropout and with GPT-2's activation in one kernel, as p3o.py has them
+    TRL, own    with dropout and activation as the model's own configuration has them
+
+Each iteration is on all the prompts; the first of a turn is not counted. TRL computes entropies,
+too, and scores text, as it does for its users. Limits are measured as well: the rate of a large
+copy, and that of a large matrix product.
 """
 
 import argparse
@@ -50,6 +55,7 @@ GPT2 = dict(
     lr=2e-6,
 )
 SIZES = {"small": p3o.SMALL, "gpt2": p3o.SMALL | GPT2}
+HOW = ("alike", "own")  # dropout and activation that TRL gets
 
 
 def now() -> float:
@@ -78,7 +84,10 @@ def limits() -> tuple[float, float]:
 
 
 def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
-    """Write a policy and a reward model, each with its tokenizer; returns prompts as text."""
+    """Write a policy and a reward model, each with its tokenizer, in the folders of `HOW`.
+
+    Returns the prompts of an iteration as text.
+    """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(p3o.SMALL["model"])
     pairs, _ = load_pairs(cfg.data)
@@ -105,23 +114,22 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
         for number, length in enumerate(lengths):
             start = number * cfg.prompt_tokens
             prompts.append(tokenizer.decode(long[start : start + length]))
-    policy.save_pretrained(folder / "policy")
-    reward_model = AutoModelForSequenceClassification.from_pretrained(
-        folder / "policy", num_labels=1
-    )
-    reward_model.save_pretrained(folder / "reward")
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(folder / name)
-    return prompts
+    policy.config.num_labels = 1
+    reward_model = AutoModelForSequenceClassification.from_config(policy.config)
+    own = policy.config.activation_function
+    fused = "gelu_pytorch_tanh" if own == "gelu_new" else own  # as in p3o.load_base
+    for how, activation in (("own", own), ("alike", fused)):
+        for name, model in (("policy", policy), ("reward", reward_model)):
+            model.config.activation_function = activation
+            # TRL takes its reference model from the folder of the policy
+            model.save_pretrained(folder / how / name)
+            tokenizer.save_pretrained(folder / how / name)
+    return prompts[: cfg.pairs]
 
 
-def load(folder: Path, name: str, as_it_comes: bool = False):
+def load(folder: Path, name: str):
     kind = AutoModelForCausalLM if name == "policy" else AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(folder / name)
-    if config.activation_function == "gelu_new" and not as_it_comes:  # as in p3o.load_base
-        config.activation_function = "gelu_pytorch_tanh"
-    model = kind.from_pretrained(folder / name, config=config, dtype=torch.float32)
-    return model.to(p3o.DEVICE)
+    return kind.from_pretrained(folder / name, dtype=torch.float32).to(p3o.DEVICE)
 
 
 def device_name() -> str:
@@ -177,7 +185,7 @@ def time_p3o(cfg: p3o.Config, folder: Path, prompts: list[str]) -> dict[str, flo
     return {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
 
 
-def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str], as_it_comes: bool) -> float:
+def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
     """Median seconds of an iteration: as many samples, updates and passes over them."""
     from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
@@ -198,7 +206,7 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str], as_it_comes: boo
         logging_steps=10**6,
         use_cpu=not CUDA,
         bf16=False,  # as p3o.py, which on a GPU makes products TF32 for both
-        disable_dropout=not as_it_comes,
+        disable_dropout=folder.name == "alike",
         dataloader_pin_memory=CUDA,
         activation_checkpointing=False,
         learning_rate=cfg.lr,
@@ -216,8 +224,8 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str], as_it_comes: boo
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     trainer = RLOOTrainer(
-        model=load(folder, "policy", as_it_comes),
-        reward_funcs=load(folder, "reward", as_it_comes),
+        model=load(folder, "policy"),
+        reward_funcs=load(folder, "reward"),
         args=options,
         callbacks=[Clock()],
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
@@ -250,9 +258,11 @@ def main() -> None:
         cfg.micro_batch = max(1, cfg.minibatch // parts)
     if cfg.pairs % cfg.minibatch or cfg.minibatch % cfg.micro_batch:
         parser.error("--pairs must divide into minibatches and these into parts: try a power of 2")
+    if cfg.iterations < 2:
+        parser.error("--iterations must be at least 2: the first is not counted")
     ours = []
-    theirs = {"alike": [], "as it comes": []}
-    memory = 0
+    theirs = {how: [] for how in HOW}
+    peaks = []
     with (
         tempfile.TemporaryDirectory() as name,
         contextlib.redirect_stderr(io.StringIO()),
@@ -261,15 +271,13 @@ def main() -> None:
         folder = Path(name)
         prompts = prepare(cfg, args.size, folder)
         for _ in range(args.rounds):
+            ours.append(time_p3o(cfg, folder / "alike", prompts))
             if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            ours.append(time_p3o(cfg, folder, prompts))
-            peak = torch.cuda.max_memory_allocated() if CUDA else 0
-            memory = max(memory, peak)
+                peaks.append(torch.cuda.max_memory_allocated())  # the first is p3o.py's alone
             with contextlib.suppress(ModuleNotFoundError):
                 for how, turns in theirs.items():
-                    turns.append(time_trl(cfg, folder, prompts, how == "as it comes"))
-        model = load(folder, "policy")
+                    turns.append(time_trl(cfg, folder / how, prompts))
+        model = load(folder / "alike", "policy")
     mine = {key: statistics.median(turn[key] for turn in ours) for key in ours[0]}
     mine["updates"] = mine["iteration"] - mine["sample"] - mine["in_parts"]
     copy, product = limits()
@@ -282,12 +290,12 @@ def main() -> None:
     width = model.config.n_embd
     layers = model.config.n_layer
     entries = 2 * cfg.pairs * 2 * layers * width * (mine["length"] - mine["steps"] / 2)
-    read = (2 if CUDA else 4) * (body + head + entries) * mine["steps"]
+    read = 4 * (body + head + entries) * mine["steps"]
     compute = 6 * body * mine["trained"] + 6 * head * cfg.inner_epochs * mine["sampled"]
 
     versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     print(f"{device_name()}, {versions}")
-    limit = f"copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.2f} TFLOP/s"
+    limit = f"copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e9:.0f} GFLOP/s"
     print(f"limits measured: {limit}")
     updates = cfg.inner_epochs * cfg.pairs // cfg.minibatch
     parameters = f"{(body + head) / 1e6:.1f}M parameters"
@@ -310,9 +318,9 @@ def main() -> None:
             print(f"| {name} | {statistics.median(turns):.3f} | | |")
         for how, turns in theirs.items():
             ratios = [their / our["iteration"] for their, our in zip(turns, ours, strict=True)]
-            print(f"\n{trl} {how} / p3o.py, each turn: {', '.join(f'{r:.2f}' for r in ratios)}")
+            print(f"\n{trl}, {how} / p3o.py, each turn: {', '.join(f'{r:.2f}' for r in ratios)}")
     if CUDA:
-        print(f"\npeak memory of p3o.py: {memory / 2**30:.1f} GiB")
+        print(f"\npeak memory of p3o.py: {peaks[0] / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python tests/tools/trials.py --model MODEL --data PAIRS --batch 8 --iterations 8
 
-Takes the options of p3o.py: --iterations is the length of a trial of stage 3; --out, --epochs and
---eval-prompts change nothing, and nothing is written. Each stage tries a fifth of its learning
-rate, the rate, and five times it, and hands the best on to the next stage. At its best rate stage 3
-then tries a fifth of β and five times it, and half and twice as many inner epochs; which of those
-is best is for the reader to say. As in a run of one epoch, stages 1 and 2 see no pair twice, so the
-loss of their last updates is of pairs new to them; stage 3 is judged by what it sampled before its
-last updates. What is best in so few updates need not be best in a long run.
+Takes the options of p3o.py: --iterations is the length of each trial of stage 3, of which there
+are seven; --out, --epochs and --eval-prompts change nothing, and nothing is written. Each stage
+tries a fifth of its learning rate, the rate, and five times it, and hands the best on to the next
+stage. At its best rate stage 3 then tries, one change at a time, a fifth of β and five times it,
+and half (rounded up) and twice as many inner epochs. Which of those is best is for the reader to
+say, since β is the price that would decide it. As in a run of one epoch, no stage sees a pair
+twice; stage 3 is judged by the samples of its last iterations. Each trial is one run: in stage 3
+compare nothing that differs by less than two runs of the same settings do. And what is best in so
+few updates need not be best in a long run.
 """
 
 import copy
@@ -17,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,35 +49,29 @@ def cost(stage: str, row: dict[str, float], beta: float) -> float:
     return row[f"{stage}/loss"]
 
 
-def try_each(
-    stage: str,
-    name: str,
-    values: list[float],
-    start: PreTrainedModel,
-    train: Callable,
-    cfg: p3o.Config,
-) -> Iterator[tuple[float, dict[str, float], PreTrainedModel]]:
-    """Train a copy of `start` with each value of an option, and print what came of it.
+def try_one(
+    stage: str, name: str, value: float, start: PreTrainedModel, train: Callable, cfg: p3o.Config
+) -> tuple[float, PreTrainedModel]:
+    """Train a copy of `start` with this value of an option, and print what came of it.
 
-    `train` takes the model, the configuration and a log. Yields, for each trial that went to the
-    end, the value, the means of the metrics over the last quarter, and the model.
+    `train` takes the model, the configuration and a log; what is printed are means over the last
+    quarter of its steps. Returns their cost, infinite if the gradient was, and the copy.
     """
-    for value in values:
-        model = copy.deepcopy(start)
-        rows = []
-        torch.manual_seed(cfg.seed)
-        began = time.perf_counter()
-        try:
-            train(model, replace(cfg, **{name: value}), lambda _, row, rows=rows: rows.append(row))
-        except FloatingPointError as error:
-            print(f"{name} {value:g}: {error}", flush=True)
-            continue
-        seconds = time.perf_counter() - began
-        last = rows[-max(1, len(rows) // 4) :]
-        means = {key: statistics.mean(row[key] for row in last) for key in last[0]}
-        figures = ", ".join(f"{key} {means[key]:.3f}" for key in SHOWN[stage])
-        print(f"{name} {value:g}: {figures}; {len(rows)} steps, {seconds:.0f} s", flush=True)
-        yield value, means, model
+    model = copy.deepcopy(start)
+    rows = []
+    torch.manual_seed(cfg.seed)
+    began = time.perf_counter()
+    try:
+        train(model, replace(cfg, **{name: value}), lambda _, row: rows.append(row))
+    except FloatingPointError as error:
+        print(f"{name} {value:g}: {error}", flush=True)
+        return math.inf, model
+    seconds = time.perf_counter() - began
+    last = rows[-max(1, len(rows) // 4) :]
+    means = {key: statistics.mean(row[key] for row in last) for key in last[0]}
+    figures = ", ".join(f"{key} {means[key]:.3f}" for key in SHOWN[stage])
+    print(f"{name} {value:g}: {figures}; {len(rows)} steps, {seconds:.0f} s", flush=True)
+    return cost(stage, means, cfg.beta), model
 
 
 def best_of(
@@ -88,20 +84,25 @@ def best_of(
     name = p3o.STAGES[stage]
     rates = [factor * getattr(cfg, name) for factor in FACTORS]
     least = math.inf
-    best = None
-    for rate, means, model in try_each(stage, name, rates, start, train, cfg):
-        found = cost(stage, means, cfg.beta)
+    for rate in rates:
+        found, model = try_one(stage, name, rate, start, train, cfg)
         if found < least:
             least, best, best_rate = found, model, rate
-    if best is None:
+    if least == math.inf:
         raise FloatingPointError(f"no --{name} went to the end; try smaller ones")
-    edge = ", at their edge: try beyond it" if best_rate in (rates[0], rates[-1]) else ""
+    edge = ""
+    if best_rate == rates[0]:
+        edge = ", and the smallest"
+    elif best_rate == rates[-1]:
+        edge = ", and the largest"
     print(f"{name}: {best_rate:g} is the best of these{edge}", flush=True)
     return best_rate, best
 
 
 def try_all(cfg: p3o.Config) -> None:
-    """The three stages, one after the other."""
+    """The rates of the three stages, one after the other, then β and inner epochs."""
+    if cfg.iterations < 2:
+        raise InputError("--iterations must be at least 2: the first samples are SFT's")
     torch.manual_seed(cfg.seed)
     base, tokenizer = p3o.load_base(cfg)
     pairs, _ = load_pairs(cfg.data, tokenizer)
@@ -111,8 +112,6 @@ def try_all(cfg: p3o.Config) -> None:
     few = few[: len(few) // cfg.batch * cfg.batch]  # whole batches
     if not few:
         raise InputError(f"{len(examples)} pairs are left, fewer than a --batch")
-    if cfg.iterations < 2:
-        raise InputError("--iterations must be at least 2: the first samples are SFT's")
     cfg = replace(cfg, epochs=1)
 
     def train_sft(model, tried, log) -> None:
@@ -134,13 +133,15 @@ def try_all(cfg: p3o.Config) -> None:
     _, reward_model = best_of("reward", fresh, train_reward, cfg)
     del fresh
     p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
-    lr, _ = best_of("p3o", sft, train_policy, cfg)
+    lr, best = best_of("p3o", sft, train_policy, cfg)
+    del best  # only its rate is wanted
+
     cfg = replace(cfg, lr=lr)
-    epochs = {math.ceil(cfg.inner_epochs / 2), 2 * cfg.inner_epochs} - {cfg.inner_epochs}
-    others = {"beta": [cfg.beta / 5, 5 * cfg.beta], "inner_epochs": sorted(epochs)}
+    inner_epochs = {math.ceil(cfg.inner_epochs / 2), 2 * cfg.inner_epochs} - {cfg.inner_epochs}
+    others = {"beta": [cfg.beta / 5, 5 * cfg.beta], "inner_epochs": sorted(inner_epochs)}
     for name, values in others.items():
-        for _ in try_each("p3o", name, values, sft, train_policy, cfg):
-            pass  # what came of it is printed
+        for value in values:
+            try_one("p3o", name, value, sft, train_policy, cfg)
 
 
 def main(argv: list[str]) -> None:
