@@ -27,13 +27,14 @@ def watched(monkeypatch) -> dict[str, list]:
             activations = {model.config.activation_function for model in models}
             dropout = {m.p for m in self.model.modules() if type(m).__name__ == "Dropout"}
             prompts = sorted(self.train_dataset["prompt"])
-            began = time.perf_counter()
+            self.began = []  # iterations
             super().train()
-            seconds = time.perf_counter() - began
+            seconds = self.began[2] - self.began[1]
             updates = self.state.global_step
             seen["trl"].append((activations, dropout, prompts, updates, seconds, self.args))
 
         def _generate_and_score_completions(self, inputs):
+            self.began.append(time.perf_counter())
             seen["samples"].append(sorted(row["prompt"] for row in inputs))
             return super()._generate_and_score_completions(inputs)
 
@@ -41,12 +42,12 @@ def watched(monkeypatch) -> dict[str, list]:
         assert reference is not policy
         models = (policy, reference, score.args[0])
         activations = {model.config.activation_function for model in models}
-        began = time.perf_counter()
         plain["train_policy"](policy, reference, score, prompts, cfg, log)
-        seen["p3o"].append((activations, prompts, time.perf_counter() - began, cfg))
+        seconds = seen["updates"][16] - seen["updates"][8]  # eight an iteration
+        seen["p3o"].append((activations, prompts, seconds, cfg))
 
     def gradient_step(*args) -> float:
-        seen["updates"].append(args)
+        seen["updates"].append(time.perf_counter())
         return plain["gradient_step"](*args)
 
     plain = {"train_policy": p3o.train_policy, "gradient_step": p3o.gradient_step}
@@ -78,7 +79,8 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
         assert updates == len(watched["updates"]) == 3 * 4 * 2  # iterations, epochs, minibatches
         assert args.gradient_accumulation_steps * args.per_device_train_batch_size == 2 * 16
         assert args.num_iterations == 4
-        assert (args.beta, args.learning_rate) == (cfg.beta, cfg.lr)
+        assert args.beta == cfg.beta > 0
+        assert args.learning_rate == cfg.lr == 0
         assert args.max_completion_length == cfg.response_tokens
         assert (args.temperature, args.top_p, args.top_k) == (1, 1, 0)
         assert not args.activation_checkpointing
@@ -95,8 +97,8 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
     for how, figure, turn in zip(("alike", "own"), theirs, (alike, own), strict=True):
         (ratio,) = re.findall(rf"{how} / p3o.py, each turn: ([\d.]+)$", printed, re.MULTILINE)
         assert float(ratio) == pytest.approx(figure / ours, rel=0.02)
-        assert 0.1 < figure / turn[4] < 0.5, "of three, the first of them slow"
-    assert 0.1 < ours / p3o_seconds < 0.5
+        assert 1 / 3 < figure / turn[4] < 3, "its second iteration is much like the two timed"
+    assert 1 / 3 < ours / p3o_seconds < 3
 
 
 @pytest.mark.parametrize(

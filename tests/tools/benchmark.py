@@ -18,6 +18,7 @@ users. Limits are measured as well: the rate of a large copy, and that of a larg
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import os
@@ -262,7 +263,7 @@ def main() -> None:
         parser.error("--iterations must be at least 2: the first is not counted")
     ours = []
     theirs = {how: [] for how in HOW}
-    peaks = []
+    memory = 0
     with (
         tempfile.TemporaryDirectory() as name,
         contextlib.redirect_stderr(io.StringIO()),
@@ -272,9 +273,9 @@ def main() -> None:
         prompts = prepare(cfg, args.size, folder)
         for _ in range(args.rounds):
             ours.append(time_p3o(cfg, folder / "alike", prompts))
-            if CUDA:
-                peaks.append(torch.cuda.max_memory_allocated())  # the first is p3o.py's alone
-            with contextlib.suppress(ModuleNotFoundError):
+            if CUDA and not theirs["alike"]:  # before TRL leaves anything behind
+                memory = torch.cuda.max_memory_allocated()
+            if importlib.util.find_spec("trl"):
                 for how, turns in theirs.items():
                     turns.append(time_trl(cfg, folder / how, prompts))
         model = load(folder / "alike", "policy")
@@ -320,7 +321,7 @@ def main() -> None:
             ratios = [their / our["iteration"] for their, our in zip(turns, ours, strict=True)]
             print(f"\n{trl}, {how} / p3o.py, each turn: {', '.join(f'{r:.2f}' for r in ratios)}")
     if CUDA:
-        print(f"\npeak memory of p3o.py: {peaks[0] / 2**30:.1f} GiB")
+        print(f"\npeak memory of p3o.py: {memory / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":
