@@ -29,7 +29,7 @@ def watched(monkeypatch) -> dict[str, list]:
             prompts = sorted(self.train_dataset["prompt"])
             self.began = []  # iterations
             super().train()
-            seconds = self.began[2] - self.began[1]
+            seconds = (self.began[3] - self.began[1]) / 2
             updates = self.state.global_step
             seen["trl"].append((activations, dropout, prompts, updates, seconds, self.args))
 
@@ -43,7 +43,7 @@ def watched(monkeypatch) -> dict[str, list]:
         models = (policy, reference, score.args[0])
         activations = {model.config.activation_function for model in models}
         plain["train_policy"](policy, reference, score, prompts, cfg, log)
-        seconds = seen["updates"][16] - seen["updates"][8]  # eight an iteration
+        seconds = (seen["updates"][24] - seen["updates"][8]) / 2  # eight an iteration
         seen["p3o"].append((activations, prompts, seconds, cfg))
 
     def gradient_step(*args) -> float:
@@ -63,7 +63,7 @@ def watched(monkeypatch) -> dict[str, list]:
 
 
 def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
-    options = "benchmark.py --size gpt2 --pairs 32 --rounds 1 --iterations 3"
+    options = "benchmark.py --size gpt2 --pairs 32 --rounds 1 --iterations 4"
     monkeypatch.setattr(sys, "argv", options.split())
     benchmark.main()
     ((activations, prompts, p3o_seconds, cfg),) = watched["p3o"]
@@ -76,7 +76,7 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
     tokenizer = p3o.AutoTokenizer.from_pretrained(p3o.SMALL["model"])
     for _, _, texts, updates, _, args in watched["trl"]:
         assert len(texts) == 32
-        assert updates == len(watched["updates"]) == 3 * 4 * 2  # iterations, epochs, minibatches
+        assert updates == len(watched["updates"]) == 4 * 4 * 2  # iterations, epochs, minibatches
         assert args.gradient_accumulation_steps * args.per_device_train_batch_size == 2 * 16
         assert args.num_iterations == 4
         assert args.beta == cfg.beta > 0
@@ -88,7 +88,7 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
         lengths = sorted(len(tokenizer(text)["input_ids"]) for text in texts)
         assert sum(lengths) == pytest.approx(sum(map(len, prompts)), rel=0.05)
     texts = alike[2]
-    assert watched["samples"] == [sorted(2 * texts)] * 2 * 3, "two of each, each iteration"
+    assert watched["samples"] == [sorted(2 * texts)] * 2 * 4, "two of each, each iteration"
 
     printed = capsys.readouterr().out
     seconds = re.findall(r"^\| iteration of (.*) \| ([\d.]+) \|", printed, re.MULTILINE)
@@ -97,8 +97,8 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
     for how, figure, turn in zip(("alike", "own"), theirs, (alike, own), strict=True):
         (ratio,) = re.findall(rf"{how} / p3o.py, each turn: ([\d.]+)$", printed, re.MULTILINE)
         assert float(ratio) == pytest.approx(figure / ours, rel=0.02)
-        assert 1 / 3 < figure / turn[4] < 3, "its second iteration is much like the two timed"
-    assert 1 / 3 < ours / p3o_seconds < 3
+        assert 0.4 < figure / turn[4] < 2.5, "two iterations are much like the three timed"
+    assert 0.4 < ours / p3o_seconds < 2.5
 
 
 @pytest.mark.parametrize(
