@@ -68,8 +68,10 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
     benchmark.main()
     ((activations, prompts, p3o_seconds, cfg),) = watched["p3o"]
     assert activations == {"gelu_pytorch_tanh"}
-    assert len(prompts) == 32
-    assert max(map(len, prompts)) > 8
+    lengths = sorted(map(len, prompts))
+    assert len(lengths) == 32
+    assert 2 <= lengths[0] < lengths[16] < lengths[31] <= 16, "all lengths up to --prompt-tokens"
+    assert sum(lengths) / 32 == pytest.approx(9, abs=1)
     alike, own = watched["trl"]
     assert alike[:2] == ({"gelu_pytorch_tanh"}, {0.0})
     assert own[:2] == ({"gelu_new"}, {0.1})
@@ -85,7 +87,7 @@ def test_all_do_the_same_but_for_what_is_said(watched, capsys, monkeypatch):
         assert (args.temperature, args.top_p, args.top_k) == (1, 1, 0)
         assert not args.activation_checkpointing
         assert not args.bf16
-        lengths = sorted(len(tokenizer(text)["input_ids"]) for text in texts)
+        lengths = (len(tokenizer(text)["input_ids"]) for text in texts)
         assert sum(lengths) == pytest.approx(sum(map(len, prompts)), rel=0.05)
     texts = alike[2]
     assert watched["samples"] == [sorted(2 * texts)] * 2 * 4, "two of each, each iteration"

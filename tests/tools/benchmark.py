@@ -108,10 +108,12 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
         )
         policy = AutoModelForCausalLM.from_config(config)
         text = "".join(pair.prompt for pair in pairs)
-        long = tokenizer(text)["input_ids"][: cfg.prompt_tokens * 1000]
-        lengths = torch.randint(cfg.prompt_tokens // 8, cfg.prompt_tokens + 1, (1000,)).tolist()
+        long = tokenizer(text)["input_ids"]
+        shortest = cfg.prompt_tokens // 8
         prompts = []
-        for number, length in enumerate(lengths):
+        # lengths spread evenly: a few drawn at random might all be long, and then nobody pads
+        for number in range(cfg.pairs):
+            length = shortest + (cfg.prompt_tokens - shortest) * (2 * number + 1) // (2 * cfg.pairs)
             start = number * cfg.prompt_tokens
             prompts.append(tokenizer.decode(long[start : start + length]))
     policy.config.num_labels = 1
