@@ -28,13 +28,6 @@ def pytest_addoption(parser):
     parser.addoption("--file", help="the file under test (default: p3o.py)")
 
 
-def pytest_ignore_collect(collection_path, config):
-    """The course's own tests are about p3o.py alone."""
-    if collection_path.name == "test_course.py" and config.getoption("--file"):
-        return True
-    return None
-
-
 def pytest_configure(config):
     """Load the file under test as `p3o`, whatever it is called, and name the problems of the
     course."""
@@ -42,7 +35,7 @@ def pytest_configure(config):
     if not path.is_file():
         raise pytest.UsageError(f"--file {path}: no such file")
     # `data` comes from beside the file, if it is there, else from beside the tests
-    sys.path[:0] = [str(path.parent), str(ROOT), str(TESTS), str(TESTS / "tools")]
+    sys.path[:0] = [str(path.parent), str(ROOT), str(TESTS)]
     spec = importlib.util.spec_from_file_location("p3o", path)
     sys.modules["p3o"] = module = importlib.util.module_from_spec(spec)
     try:
@@ -51,6 +44,10 @@ def pytest_configure(config):
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise pytest.UsageError(f"{path.name} cannot be imported: {reason}") from None
 
+    # `tests` is the suite of p3o.py; a folder in it keeps the tests of its own tools
+    config.addinivalue_line("norecursedirs", "comparison")
+    config.addinivalue_line("norecursedirs", "course")
+    config.addinivalue_line("norecursedirs", "own")
     config.addinivalue_line("filterwarnings", "error")
     # float(loss) is as good as loss.item()
     config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True")

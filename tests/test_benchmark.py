@@ -1,4 +1,4 @@
-"""tests/tools/benchmark.py: what is compared is alike, but for what it says."""
+"""tests/benchmark.py: what is compared is alike, but for what it says."""
 
 import re
 import sys

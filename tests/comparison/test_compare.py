@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import compare
-import draw
+import pictures
 import matplotlib.pyplot as plt
 import numpy
 import pandas
@@ -437,7 +437,7 @@ def test_the_table_has_each_difference_with_its_interval():
 
 def test_the_pictures_show_each_method_with_its_values():
     rows = all_parts()
-    figure = draw.frontier(rows)
+    figure = pictures.frontier(rows)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert set(lines) >= set(compare.METHODS)
     assert list(lines["V2"].get_xdata()) == pytest.approx([0.5, 1, 2, 4]), "8 nats are too many"
@@ -446,30 +446,30 @@ def test_the_pictures_show_each_method_with_its_values():
     plt.close(figure)
     far = rows.copy()
     far.loc[(far.part == "frontier") & (far.beta == 0.025), "gold"] = -50.0
-    figure = draw.frontier(far)
+    figure = pictures.frontier(far)
     crosses = [line for line in figure.axes[1].get_lines() if line.get_marker() == "x"]
     assert [len(line.get_xdata()) for line in crosses] == [3] * len(compare.METHODS)
     assert crosses[0].get_ydata().min() > figure.axes[1].get_ylim()[0], "within the picture"
     plt.close(figure)
-    figure = draw.sensitivity(rows)
+    figure = pictures.sensitivity(rows)
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     assert set(lines) == set(compare.METHODS) - {"DPO"}
     plt.close(figure)
     xs = list(lines["V2"].get_xdata())
     assert xs == pytest.approx([1e-3 * factor for factor in (0.25, 1, 2, 4, 8)])
-    figure = draw.head_to_head(rows)
+    figure = pictures.head_to_head(rows)
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert len(texts) == len(compare.METHODS) ** 2
     assert "0.50\n±0.00" in texts
     plt.close(figure)
-    figure = draw.gaming(rows)
+    figure = pictures.gaming(rows)
     assert [axis.get_title("left") for axis in figure.axes] == ["seed 0", "seed 1", "seed 2"]
     line = figure.axes[0].get_lines()[0]
     assert numpy.allclose(line.get_xydata(), [[0.5, 4], [1, 5], [2, 3]])
     assert len(figure.axes[2].get_lines()) == 2 * (len(compare.METHODS) - 1)
     assert numpy.allclose(figure.axes[2].get_lines()[0].get_ydata(), [4, 5, 5])
     plt.close(figure)
-    figure = draw.joint(rows)
+    figure = pictures.joint(rows)
     line, dots, *others = figure.axes[0].get_lines()
     assert list(line.get_xdata()) == list(compare.SHARES)
     assert len(dots.get_xdata()) == 3 * len(compare.SHARES)
@@ -488,7 +488,7 @@ def test_what_the_rows_say_is_shown_for_any_part(capsys):
 
 def test_two_seeds_make_a_point_and_no_band():
     figure, axis = plt.subplots()
-    draw.line(axis, "V2", [1, 2, 4], [[0.0, 1.0, 2.0], [0.0, 9.0], [1.0, 2.0, 3.0]])
+    pictures.line(axis, "V2", [1, 2, 4], [[0.0, 1.0, 2.0], [0.0, 9.0], [1.0, 2.0, 3.0]])
     assert list(axis.get_lines()[0].get_ydata()) == [1.0, 4.5, 2.0]
     (band,) = axis.collections
     assert set(band.get_paths()[0].vertices[:, 0]) == {1, 4}

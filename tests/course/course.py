@@ -1,13 +1,13 @@
 """What a course needs, made from p3o.py itself: starter, solution and tests cannot drift apart.
 
-    python tests/tools/course.py handout DIR       # what students get, and the instructor's part
-    python tests/tools/course.py grade FILE ...    # points by problem; runs the files' code
-    python tests/tools/course.py starter mine.py   # p3o.py without the bodies of the eight problems
-    python tests/tools/course.py hunt DIR NAME ... # a sick run for each student: find the bug
-    python tests/tools/course.py bug 7 buggy.py    # p3o.py with bug 7 planted: find it
-    python tests/tools/course.py plant             # each bug in turn: which tests catch it
-    python tests/tools/course.py check             # each problem's tests: fail before, pass after
-    python tests/tools/course.py solutions         # the tests accept right code, and no wrong code
+    python tests/course/course.py handout DIR       # what students get, and the instructor's part
+    python tests/course/course.py grade FILE ...    # points by problem; runs the files' code
+    python tests/course/course.py starter mine.py   # p3o.py without the bodies of the eight problems
+    python tests/course/course.py hunt DIR NAME ... # a sick run for each student: find the bug
+    python tests/course/course.py bug 7 buggy.py    # p3o.py with bug 7 planted: find it
+    python tests/course/course.py plant             # each bug in turn: which tests catch it
+    python tests/course/course.py check             # each problem's tests: fail before, pass after
+    python tests/course/course.py solutions         # the tests accept right code, and no wrong code
 
 Check a file with `python -m pytest -q tests --file mine.py`, one problem with `-m problem_3`.
 """
@@ -36,7 +36,7 @@ from xml.etree import ElementTree
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "tools")]
+sys.path.insert(0, str(TESTS))
 from bugs import BUGS, DATA_BUGS  # noqa: E402
 from problems import PROBLEMS  # noqa: E402
 from sick import SICK, Sick  # noqa: E402
@@ -93,7 +93,7 @@ def bodies(source: str) -> dict[str, str]:
 @functools.cache
 def styles() -> dict[str, str]:
     """Right bodies of the problems' functions: p3o.py's, by their name, and right.py's."""
-    found = bodies((TESTS / "tools" / "right.py").read_text())
+    found = bodies((TESTS / "course" / "right.py").read_text())
     for name, body in bodies(SOURCE.read_text()).items():
         if name in PROBLEMS:
             found[name] = body
@@ -208,7 +208,7 @@ def solutions() -> int:
     from wrong import WRONG
 
     source = SOURCE.read_text()
-    right = bodies((TESTS / "tools" / "right.py").read_text())
+    right = bodies((TESTS / "course" / "right.py").read_text())
     cases = [(name, body, "") for name, body in right.items()]
     for wrong in WRONG:
         body = plant(right[wrong.solution], wrong.old, wrong.new)
@@ -294,7 +294,7 @@ def without_answers(notebook: dict) -> tuple[dict, str]:
             page += f"\n## {question or 'Exercises'}\n\n{folded[0].strip()}\n"
         if "inspect.getsource(p3o" in text or "**7 to 9" in text:
             continue  # these exercises replace lines of the solution
-        if re.search(r"\b(compare|draw|relatives)\b\.", text) and cell["cell_type"] == "code":
+        if re.search(r"\b(compare|pictures|relatives)\b\.", text) and cell["cell_type"] == "code":
             continue  # the relatives' loops give problem 8's away
         if folded and not asked.strip():
             continue
@@ -314,7 +314,7 @@ def handout(folder: Path) -> None:
     (student / "tests").mkdir(parents=True)
     (student / "p3o.py").write_text(starter(source))
     (student / "tutorial.ipynb").write_text(json.dumps(notebook, ensure_ascii=False, indent=1))
-    pages = TESTS / "tools" / "pages"
+    pages = TESTS / "course"
     shutil.copy(pages / "student.md", student / "README.md")
     (student / "hunt.md").write_text((pages / "hunt.md").read_text() + diagnoses())
     ignored = shutil.ignore_patterns("__pycache__", "comparison.csv")
@@ -329,7 +329,7 @@ def handout(folder: Path) -> None:
     (instructor / "p3o.py").write_text(source)
     (instructor / "answers.md").write_text(answers)
     (instructor / "hunt.md").write_text(hunt_answers())
-    shutil.copy(pages / "instructor.md", instructor / "README.md")
+    shutil.copy(pages / "README.md", instructor / "README.md")
 
 
 # ---- The bug hunt --------------------------------------------------------------------------

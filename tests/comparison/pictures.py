@@ -1,6 +1,6 @@
 """The comparison's pictures, from the rows of data/comparison.csv.
 
-python tests/tools/draw.py .github     # the README's two
+python tests/comparison/pictures.py .github     # the README's two
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """A judge where no gold reward is known: a reward model trained on pairs that the policy never saw.
 
-    python tests/tools/other_half.py split PAIRS DIR [--model MODEL]
+    python tests/own/other_half.py split PAIRS DIR [--model MODEL]
     python p3o.py --data DIR/mine --out RUN          # and whatever else you like
-    python tests/tools/other_half.py judge RUN DIR/other
+    python tests/own/other_half.py judge RUN DIR/other
 
 The run's own reward model is what the policy was trained to please, weak spots included, so a win
 rate by it flatters. `split` deals the training prompts out, half to the run and half to the judge;

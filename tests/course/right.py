@@ -1,7 +1,7 @@
 """Right solutions of the eight problems, in other styles than p3o.py's: the tests must accept them.
 
 Each function is PROBLEM__STYLE; only its body counts, put into the starter file in the place of the
-problem's. `python tests/tools/course.py solutions` runs them all.
+problem's. `python tests/course/course.py solutions` runs them all.
 """
 # ruff: noqa: F821
 

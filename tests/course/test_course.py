@@ -80,7 +80,7 @@ def test_a_file_passes_fails_or_was_not_tested():
 
 def test_the_commands_write_a_file_and_never_over_one(tmp_path):
     def run(*command):
-        tool = TESTS / "tools" / "course.py"
+        tool = TESTS / "course" / "course.py"
         return subprocess.run([sys.executable, tool, *command], capture_output=True, text=True)
 
     file = tmp_path / "mine.py"
@@ -158,7 +158,7 @@ def test_the_students_notebook_keeps_every_section_and_runs_nothing_of_the_solut
     text = "\n".join("".join(cell["source"]) for cell in notebook["cells"])
     assert re.findall(r"^## (\d+)\.", text, re.MULTILINE) == [str(n) for n in range(1, 14)]
     assert "getsource" not in text
-    tools = {"compare", "draw", "relatives"}  # they are not handed out
+    tools = {"compare", "pictures", "relatives"}  # they are not handed out
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             nodes = list(ast.walk(ast.parse(cell["source"])))
@@ -259,7 +259,7 @@ def submissions() -> list[tuple[str, str]]:
     """Every kind of accident, behind what the report must say; problem 5 alone is graded."""
     starter = course.starter(SOURCE)
     name = "bradley_terry_loss"
-    right = course.bodies((TESTS / "tools" / "right.py").read_text())[f"{name}__softplus"]
+    right = course.bodies((TESTS / "course" / "right.py").read_text())[f"{name}__softplus"]
     endless = "    while True:\n        print('x' * 1000)\n"
     return [
         ("", course.solved(starter, name, right)),
@@ -301,7 +301,7 @@ def test_every_accident_gets_its_line_and_its_points(tmp_path, capsys):
 
 def test_one_mistake_costs_one_problem():
     """Problem 5 is graded with the solutions of the other seven."""
-    right = course.bodies((TESTS / "tools" / "right.py").read_text())
+    right = course.bodies((TESTS / "course" / "right.py").read_text())
     starter = course.starter(SOURCE)
     mine = course.solved(starter, "bradley_terry_loss", right["bradley_terry_loss__softmax"])
     assert course.grade_problem(mine, 1, seconds=60)[0] == 0

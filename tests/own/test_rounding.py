@@ -1,4 +1,4 @@
-"""tests/tools/rounding.py: what it rounds, and what it says of it."""
+"""tests/own/rounding.py: what it rounds, and what it says of it."""
 
 import importlib.util
 import re

@@ -1,7 +1,7 @@
 """How fast stage 3 is on this machine, beside TRL's RLOOTrainer where `trl` is installed.
 
-    python tests/tools/benchmark.py                  # the small run's model
-    python tests/tools/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
+    python tests/benchmark.py                  # the small run's model
+    python tests/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
 
 Three take turns in one process, from the same weights and prompts, with as many samples and
 updates, in fp32 and without gradient checkpointing:
@@ -40,7 +40,7 @@ from transformers import (
     GPT2Config,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import p3o
 from data.preferences import load_pairs
 

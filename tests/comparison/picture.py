@@ -1,6 +1,6 @@
 """Draw the README's picture of a finished run: score, KL, gold reward; what was said.
 
-python p3o.py --small && python tests/tools/picture.py runs/small .github/run.svg
+python p3o.py --small && python tests/comparison/picture.py runs/small .github/run.svg
 """
 
 import argparse

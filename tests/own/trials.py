@@ -1,6 +1,6 @@
 """Which settings suit a model and its data: a few updates with each, on the same batches.
 
-    python tests/tools/trials.py --model MODEL --data PAIRS --batch 8 --iterations 8
+    python tests/own/trials.py --model MODEL --data PAIRS --batch 8 --iterations 8
 
 Takes the options of p3o.py: --iterations is the length of each trial of stage 3, of which there
 are seven; --out, --epochs and --eval-prompts change nothing, and nothing is written. Each stage

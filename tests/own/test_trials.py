@@ -1,4 +1,4 @@
-"""tests/tools/trials.py: what it tries, what it says of it, and what it hands on."""
+"""tests/own/trials.py: what it tries, what it says of it, and what it hands on."""
 
 import re
 

@@ -1,8 +1,8 @@
 """P3O beside its relatives: tuned alike, then compared over β, rates, stale samples and offsets.
 
-    python tests/tools/compare.py --seeds 8 9        # all parts, from where it stopped; hours
-    python tests/tools/compare.py --seeds 8 --parts "as tuned" rate      # some
-    python tests/tools/compare.py --show             # what the rows say
+    python tests/comparison/compare.py --seeds 8 9        # all parts, from where it stopped; hours
+    python tests/comparison/compare.py --seeds 8 --parts "as tuned" rate      # some
+    python tests/comparison/compare.py --show             # what the rows say
 
 Every run starts from a pipeline of its own seed (SFT and reward model of p3o.py --small), takes the
 same prompts and makes as many updates, on as many samples unless the part is about their reuse, and

@@ -1,6 +1,6 @@
 """What rounding in matrix products does to the log-ratios that the clip acts on.
 
-    python tests/tools/rounding.py --model MODEL --data PAIRS --lr 2e-6
+    python tests/own/rounding.py --model MODEL --data PAIRS --lr 2e-6
 
 Takes the options of p3o.py. For the pairs of one minibatch, both answers as if they were samples,
 it computes log π(y|x) before and after one step of ±--lr on every weight, signs at random, in each
