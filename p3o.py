@@ -237,6 +237,7 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # so that generate() on a saved model samples as `sample` does, without filters or penalties
     model.generation_config = GenerationConfig(
         do_sample=True,
+        temperature=1.0,  # said, or pipeline() would take 0.7
         top_k=0,
         max_new_tokens=cfg.response_tokens,
         eos_token_id=tokenizer.eos_token_id,
@@ -805,8 +806,9 @@ def run(cfg: Config) -> None:
         seed_stage(cfg, "p3o")
         policy = load(out / "sft")
         score = partial(reward_scores, reward_model)
-        log = log_to(out / "p3o.jsonl")
-        train_policy(policy, sft, score, p3o_loss, prompts, cfg, log, checkpoint)
+        train_policy(
+            policy, sft, score, p3o_loss, prompts, cfg, log_to(out / "p3o.jsonl"), checkpoint
+        )
         save(out / "p3o", policy, tokenizer)
     checkpoint.unlink(missing_ok=True)
     policy = load(out / "p3o")
@@ -887,14 +889,14 @@ def log_to(path: Path) -> LogStep:
     def log(step: int, metrics: dict[str, float]) -> None:
         nonlocal last
         now = time.perf_counter()
-        row = {"step": step, **metrics, "seconds": now - last}
+        line = json.dumps({"step": step, **metrics, "seconds": now - last})
         last = now
         if step < len(lines):
             del lines[step:]
             with appears_whole(path) as file:
                 file.write_text("".join(lines))
         with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(f"{line}\n")
 
     return log
 
