@@ -88,6 +88,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 import transformers
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -101,6 +102,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from data import judge
 from data.preferences import (
@@ -108,8 +110,9 @@ from data.preferences import (
     SHIPPED_DATA,
     Example,
     InputError,
-    load_pairs,
-    tokenize,
+    checksum,
+    first_start,
+    load_examples,
     try_hub,
 )
 
@@ -207,14 +210,14 @@ def collate(
 
 
 # ---- Models: loading, sampling, log-probabilities, scores ----------------------------------
-@torch.no_grad()
 def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model that SFT starts from, in fp32, and its tokenizer.
 
-    EOS and padding get different tokens, and the model an embedding for both. Raises InputError
-    for a model that cannot be loaded or used.
+    Raises InputError for a model that cannot be loaded, or that a later stage could not use.
     """
     try:
+        if find_adapter_config_file(cfg.model):
+            raise ValueError("it is a LoRA adapter; merge it into its base model first")
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         config = AutoConfig.from_pretrained(cfg.model)
         if getattr(config, "activation_function", "") == "gelu_new":  # GPT-2's
@@ -222,19 +225,29 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if Path(cfg.model).resolve() == SHIPPED_DATA / "tiny":  # ships no weights: draw them
             model = AutoModelForCausalLM.from_config(config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                cfg.model, config=config, dtype=torch.float32
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                cfg.model, config=config, dtype=torch.float32, output_loading_info=True
             )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+            if loading["missing_keys"]:
+                raise ValueError(f"its weights lack {', '.join(sorted(loading['missing_keys']))}")
+        model.eval()
+        fit_tokens(model, tokenizer, cfg)
+        check_model(model, cfg)
+    except Exception as error:  # of many kinds: no network, a broken file, a missing package
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--model {cfg.model}: {reason} (--small needs no hub)") from None
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    if cfg.prompt_tokens + cfg.response_tokens > positions:
-        raise InputError(f"--prompt-tokens + --response-tokens must be at most {positions}")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+    return model.to(DEVICE), tokenizer
+
+
+def fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> None:
+    """Give the model its tokenizer's EOS and padding, two tokens, and each token an embedding."""
+    if tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has no EOS token; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
         # NOTE with pad = EOS, transformers' own forward() of the saved reward model would read
         # the score one token early
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -247,12 +260,34 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # the functions below compute logits as head(last hidden state); Gemma-2 and Granite do not
-    ids = torch.arange(4)[None]  # (1, 4): any tokens
-    hidden = model.eval().base_model(ids).last_hidden_state  # (1, 4, D)
-    if not torch.allclose(model(ids).logits, model.get_output_embeddings()(hidden)):
-        raise InputError(f"{type(model).__name__} scales or caps its logits; use TRL for it")
-    return model.to(DEVICE), tokenizer
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, cfg: Config) -> None:
+    """Raise if a later stage could not use the model. Nothing about RLHF: you may skip it."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"its weight {name} holds NaN or infinite values")
+    positions = getattr(model.config, "max_position_embeddings", math.inf)
+    if cfg.prompt_tokens + cfg.response_tokens > positions:
+        raise ValueError(f"--prompt-tokens + --response-tokens must be at most {positions}")
+    with torch.device("meta"):
+        classifier = AutoModelForSequenceClassification.from_config(model.config)
+    if not hasattr(classifier, "score"):
+        raise ValueError("the library's classifier for it has no `score`")
+    # what `sample` computes, with padding and a cache, must be what the library's forward() does
+    steps = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda *call: steps.append(call[-1])  # logits (2, V) of a step
+    )
+    eos = model.config.eos_token_id
+    model.config.eos_token_id = -1  # so that no row ends
+    ids, _ = sample(model, [[1], [2, 3, 0]], 1, 3)  # (2, 1, T)
+    model.config.eos_token_id = eos
+    hook.remove()
+    logits = model(ids[0, :, :3]).logits[0, -1]  # (V,): the third step of the first row
+    if not torch.allclose(steps[2][0], logits, atol=1e-3):
+        raise ValueError("it scales or caps its logits, or has no usual key-value cache")
 
 
 @torch.no_grad()
@@ -786,53 +821,54 @@ def run(cfg: Config) -> None:
     """Run each stage that is not finished yet, then evaluate."""
     torch.manual_seed(cfg.seed)
     policy, tokenizer = load_base(cfg)
-    train_pairs, heldout_pairs = load_pairs(cfg.data, tokenizer)
-    examples = tokenize(train_pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
-    heldout = tokenize(heldout_pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
+    started = first_start(cfg.out)
+    limits = cfg.prompt_tokens, cfg.response_tokens
+    examples, heldout = load_examples(cfg.data, tokenizer, *limits, started)
     prompts = [example.prompt for example in examples]
-    out = open_out(cfg, (train_pairs, heldout_pairs))
-    print(f"{len(examples)} training and {len(heldout)} held-out pairs, on {DEVICE}, in {out}")
+    fit_tokens(policy, tokenizer, cfg)  # a chat template may end turns with another EOS
+    with open_out(cfg, policy, [*examples, *heldout], started) as out:
+        print(f"{len(examples)} training and {len(heldout)} held-out pairs, on {DEVICE}, in {out}")
 
-    if not (out / "sft").exists():
-        seed_stage(cfg, "sft")
-        train_sft(policy, examples, cfg, log_to(out / "sft.jsonl"))
-        save(out / "sft", policy, tokenizer)
-    sft = load(out / "sft")
+        if not (out / "sft").exists():
+            seed_stage(cfg, "sft")
+            train_sft(policy, examples, cfg, log_to(out / "sft.jsonl"))
+            save(out / "sft", policy, tokenizer)
+        sft = load(out / "sft")
 
-    if not (out / "reward").exists():
-        seed_stage(cfg, "reward")
-        reward_model = load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
-        train_reward(reward_model, examples, cfg, log_to(out / "reward.jsonl"))
-        # the first prompts will do: `load_pairs` shuffles data from the hub
-        gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
-        save(out / "reward", reward_model, tokenizer)
-        print(f"  scores × {gain:.3f}: r_1 − r_2 has root mean square 1 on pairs from SFT")
-    reward_model = load(out / "reward", AutoModelForSequenceClassification)
+        if not (out / "reward").exists():
+            seed_stage(cfg, "reward")
+            reward_model = load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
+            train_reward(reward_model, examples, cfg, log_to(out / "reward.jsonl"))
+            # the first prompts will do: `load_pairs` shuffles data from the hub
+            gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
+            save(out / "reward", reward_model, tokenizer)
+            print(f"  scores × {gain:.3f}: r_1 − r_2 has root mean square 1 on pairs from SFT")
+        reward_model = load(out / "reward", AutoModelForSequenceClassification)
 
-    checkpoint = out / "p3o.checkpoint"
-    if not (out / "p3o").exists():
-        seed_stage(cfg, "p3o")
-        policy = load(out / "sft")
-        score = partial(reward_scores, reward_model)
-        train_policy(
-            policy, sft, score, p3o_loss, prompts, cfg, log_to(out / "p3o.jsonl"), checkpoint
-        )
-        save(out / "p3o", policy, tokenizer)
-    checkpoint.unlink(missing_ok=True)
-    policy = load(out / "p3o")
+        checkpoint = out / "p3o.checkpoint"
+        if not (out / "p3o").exists():
+            seed_stage(cfg, "p3o")
+            policy = load(out / "sft")
+            score = partial(reward_scores, reward_model)
+            log = log_to(out / "p3o.jsonl")
+            train_policy(policy, sft, score, p3o_loss, prompts, cfg, log, checkpoint)
+            save(out / "p3o", policy, tokenizer)
+        checkpoint.unlink(missing_ok=True)
+        policy = load(out / "p3o")
 
-    seed_stage(cfg, "evaluation")
-    figures, answers = evaluate(cfg, sft, reward_model, policy, tokenizer, heldout)
-    summary = report(figures, answers, heldout)
-    with appears_whole(out / "summary.json") as file:
-        file.write_text(json.dumps(summary, indent=2))
+        seed_stage(cfg, "evaluation")
+        figures, answers = evaluate(cfg, sft, reward_model, policy, tokenizer, heldout)
+        summary = report(figures, answers, heldout)
+        with appears_whole(out / "summary.json") as file:
+            file.write_text(json.dumps(summary, indent=2))
 
-    print(f"Models, metrics and summary.json are in {out}. Each stage took:")
-    for stage in STAGES:
-        rows = map(json.loads, (out / f"{stage}.jsonl").read_text().splitlines())
-        print(f"  {stage:6} {sum(row['seconds'] for row in rows):6.0f} s")
-    print("To use the policy, in Python:\n  from transformers import pipeline")
-    print(f"  pipeline('text-generation', '{out / 'p3o'}')({heldout[0].text.prompt!r})")
+        print(f"Models, metrics and summary.json are in {out}. Each stage took:")
+        for stage in STAGES:
+            rows = map(json.loads, (out / f"{stage}.jsonl").read_text().splitlines())
+            print(f"  {stage:6} {sum(row['seconds'] for row in rows):6.0f} s")
+        asked = heldout[0].text.messages or heldout[0].text.prompt
+        print("To use the policy, in Python:\n  from transformers import pipeline")
+        print(f"  pipeline('text-generation', '{out / 'p3o'}')({asked!r})")
 
 
 def seed_stage(cfg: Config, stage: str) -> None:
@@ -850,28 +886,38 @@ def appears_whole(path: Path) -> Iterator[Path]:
     scratch.replace(path)
 
 
-def open_out(cfg: Config, pairs: Any) -> Path:
-    """Create the output directory, or accept one that the same options and pairs made.
+@contextlib.contextmanager
+def open_out(
+    cfg: Config, model: PreTrainedModel, examples: list[Example], started: str
+) -> Iterator[Path]:
+    """Create the output directory, or accept one that the same options, model and data made.
 
     Options that do not change the weights may differ, and so may the learning rates of stages
-    that are not finished. Raises InputError for any other directory and leaves it as it is.
+    that are not finished. Raises InputError for any other directory and leaves it as it is, and
+    while another run writes to the directory.
     """
     out = Path(cfg.out)
     config = out / "config.json"
-    wanted = asdict(cfg) | {"data_crc": zlib.crc32(repr(pairs).encode())}
     out.mkdir(parents=True, exist_ok=True)
-    if config.exists():
-        saved = json.loads(config.read_text())
-        later_rates = [f"{stage}_lr" for stage in STAGES if not (out / stage).exists()]
-        may_differ = ["out", "micro_batch", "eval_prompts", *later_rates]
-        differ = [key for key in wanted if key not in may_differ and wanted[key] != saved.get(key)]
-        if differ:
-            raise InputError(f"{out} was made with other {', '.join(differ)}; change --out")
-    elif any(out.iterdir()):
+    if not config.exists() and set(out.iterdir()) - {out / ".lock"}:
         raise InputError(f"{out} exists and is not a run of p3o.py; choose another --out")
-    with appears_whole(config) as file:
-        file.write_text(json.dumps(wanted, indent=2))
-    return out
+    weights = sum(torch.hash_tensor(weight).item() for weight in model.state_dict().values())
+    facts = {"started": started, "weights": weights, "rows": checksum(examples)}
+    wanted = asdict(cfg) | facts
+    try:
+        with FileLock(out / ".lock", blocking=False):
+            saved = json.loads(config.read_text()) if config.exists() else wanted
+            later_rates = [f"{stage}_lr" for stage in STAGES if not (out / stage).exists()]
+            # the same model and rows may have other names
+            may_differ = ["out", "model", "data", "micro_batch", "eval_prompts", *later_rates]
+            differ = [k for k in wanted if k not in may_differ and wanted[k] != saved.get(k)]
+            if differ:
+                raise InputError(f"{out} was made with other {', '.join(differ)}; change --out")
+            with appears_whole(config) as file:
+                file.write_text(json.dumps(wanted, indent=2))
+            yield out
+    except Timeout:
+        raise InputError(f"another run writes to {out}; wait for it or change --out") from None
 
 
 def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -945,6 +991,8 @@ def parse_config(argv: list[str]) -> Config:
 
 def main(argv: list[str]) -> None:
     """Run the command line; expected errors exit with a one-line message and status 1."""
+    sys.stdout.reconfigure(errors="replace")  # a console may know no ρ
+    sys.stderr.reconfigure(errors="replace")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # errors are raised, too
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
