@@ -318,19 +318,26 @@ def hh_turn(message: dict) -> str:
 
 # ---- The chat template ---------------------------------------------------------------------
 class Chat:
-    """A tokenizer's chat template, if any, at the time at which the run was started."""
+    """A tokenizer's chat template, if any. It prints the date of `started` as today's."""
 
     def __init__(self, tokenizer: Any, started: str | None) -> None:
         self.tokenizer = tokenizer
-        self.started = datetime.fromisoformat(started) if started else datetime.now()
         self.template = getattr(tokenizer, "chat_template", None)
+        if isinstance(self.template, dict):  # several, by name
+            self.template = self.template.get("default", self.template)
+        if isinstance(self.template, str):
+            day = datetime.fromisoformat(started) if started else datetime.now()
+            call = r"strftime_now\((['\"])(.*?)\1\)"
+            self.template = re.sub(call, lambda c: repr(day.strftime(c[2])), self.template)
         self.turns_end_with_eos = False
 
     def render(self, messages: list[dict], **options: Any) -> str:
         """Return the template's text. Raises Unusable, in the template's words, if it refuses."""
+        if not isinstance(self.template, str):
+            raise Unusable("none of the tokenizer's chat templates is called default")
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, strftime_now=self.started.strftime, **options
+                messages, chat_template=self.template, tokenize=False, **options
             )
         except Exception as error:  # templates raise whatever they like
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -354,8 +361,9 @@ class Chat:
         """
         probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Probe"}]
         after = self.render(probe).rpartition("Probe")[2]
+        unlike = (self.tokenizer.unk_token_id, self.tokenizer.bos_token_id)
         for token in self.tokenizer.encode(after, add_special_tokens=False):
-            if token in self.tokenizer.added_tokens_decoder:
+            if token in self.tokenizer.added_tokens_decoder and token not in unlike:
                 name = self.tokenizer.convert_ids_to_tokens(token)
                 if name != self.tokenizer.eos_token:
                     self.tokenizer.eos_token = name
@@ -422,9 +430,10 @@ def encode_pair(
         return len(encode(text)) <= prompt_tokens
 
     text = pair.prompt
-    if not fits(text):
-        text = shorten_messages(pair, chat, fits) if pair.messages else shorten_text(text, fits)
     prompt = encode(text)
+    if len(prompt) > prompt_tokens:
+        text = shorten_messages(pair, chat, fits) if pair.messages else shorten_text(text, fits)
+        prompt = encode(text)
     responses = []
     for response in (pair.chosen, pair.rejected):
         whole = encode(text + response)
