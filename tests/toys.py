@@ -131,6 +131,12 @@ def dialogue(*turns: str) -> str:
     return text
 
 
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Write a JSON line a row."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def small(**options) -> p3o.Config:
     return p3o.Config(**p3o.SMALL | options)
 
