@@ -113,17 +113,6 @@ def test_messages_go_through_the_tokenizers_own_chat_template():
     assert (pair.chosen, pair.rejected) == ("Yes", "No ")
 
 
-def test_the_real_template_of_a_tokenizer_is_used(tiny, fresh):
-    tokenizer = fresh(tiny[2])
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    eos = tokenizer.eos_token
-    pair = split_row({"prompt": [user("Hi")], "chosen": YES, "rejected": NO}, tokenizer)
-    assert pair == Pair(f"[user] Hi{eos}[assistant]", " Yes", " No ")
-
-
 def test_a_template_that_does_not_continue_its_own_prompt_is_refused():
     class Odd(Templated):
         def apply_chat_template(self, messages, **options):
@@ -232,21 +221,6 @@ def test_a_single_file_holds_out_whole_prompts(tmp_path):
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
 
 
-def test_dropped_rows_are_counted(tmp_path, capsys):
-    bad = [hh(dialogue("Hi", "A"), dialogue("Hi", "A"))] * 3
-    path = write_rows(tmp_path / "rows.jsonl", ROWS + bad)
-    train, heldout = load_pairs(str(path))
-    assert len(train) + len(heldout) == 40
-    assert len(heldout) > 0
-    assert "3 of 43 rows dropped: equal responses" in capsys.readouterr().out
-
-
-def test_a_bad_row_is_named_with_its_number(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"chosen": "A", "rejected": None}])
-    with pytest.raises(InputError, match="train row 41: chosen, rejected"):
-        load_pairs(str(path))
-
-
 def test_a_dataset_of_the_hub_is_shuffled_always_alike_and_a_file_keeps_its_order(
     tmp_path, monkeypatch
 ):
@@ -285,12 +259,6 @@ def test_one_prompt_cannot_be_both_trained_on_and_held_out(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", ROWS[:1] * 30)
     with pytest.raises(InputError, match="too few usable rows"):
         load_pairs(str(path))
-
-
-@pytest.mark.parametrize("source", ("nowhere/rows.jsonl", "./nowhere", "/nowhere"))
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(source):
-    with pytest.raises(InputError, match="no such file or directory"):
-        load_pairs(source)
 
 
 # ---- The formats of data/README.md ---------------------------------------------------------

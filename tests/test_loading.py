@@ -10,9 +10,8 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from toys import small, status, tokenize, weights_of, write_rows
+from toys import assert_p3o_moved_every_weight, small, status, tokenize, write_rows
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
@@ -58,7 +57,6 @@ def test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary(plain_g
 
 
 def test_gpt2s_activation_is_one_kernel_and_the_same_function(plain_gpt2, tmp_path):
-    """Other activations, such as the shipped model's ReLU, stay as they are."""
     ids = torch.tensor([[5, 6, 7, 8]])
     own = GPT2LMHeadModel.from_pretrained(plain_gpt2, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -68,25 +66,10 @@ def test_gpt2s_activation_is_one_kernel_and_the_same_function(plain_gpt2, tmp_pa
     model, tokenizer = p3o.load_base(config(plain_gpt2))
     p3o.save(tmp_path / "sft", model, tokenizer)
     for loaded in (model, p3o.load(tmp_path / "sft")):
-        logits = loaded(ids).logits
-        same = logits[..., : own.config.vocab_size]  # without the new pad token's
-        assert torch.allclose(same, own(ids).logits, atol=1e-4)
-        assert "GeluBackward0" in operations(logits)
-        assert "TanhBackward0" not in operations(logits)
-    relu, _ = p3o.load_base(small())
-    assert "ReluBackward0" in operations(relu(ids).logits)
-
-
-def operations(result: torch.Tensor) -> set[str]:
-    """Return the names of all operations that computed a tensor."""
-    seen = set()
-    left = [result.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            left += [before for before, _ in node.next_functions]
-    return {node.name() for node in seen}
+        logits = loaded(ids).logits[..., : own.config.vocab_size]  # without the new pad token's
+        assert torch.allclose(logits, own(ids).logits, atol=1e-4)
+        assert loaded.config.activation_function == "gelu_pytorch_tanh"
+    assert p3o.load_base(small())[0].config.activation_function == "relu", "others stay"
 
 
 def test_a_model_brings_no_penalties_of_its_own(plain_gpt2):
@@ -142,18 +125,6 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused_by_name(chang
     tiny[2].save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"{type(model).__name__} scales or caps"):
         p3o.load_base(config(tmp_path))
-
-
-@pytest.mark.parametrize("family", ("llama", "gpt_neox", "qwen2"))
-def test_a_model_with_plain_logits_is_taken(family, tiny, tmp_path):
-    sizes = SIZES | {"num_key_value_heads": 4}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, vocab_size=len(tiny[2]), **sizes)
-    )
-    model.save_pretrained(tmp_path)
-    tiny[2].save_pretrained(tmp_path)
-    loaded, _ = p3o.load_base(config(tmp_path))
-    assert type(loaded) is type(model)
 
 
 def test_offline_one_try_is_enough(tmp_path, monkeypatch, capsys):
@@ -271,27 +242,6 @@ def test_a_prompt_that_is_too_long_keeps_its_end(loaded):
     assert tokenizer.decode(example.prompt).endswith(f"{END}\n{START}assistant\n")
 
 
-def test_samples_end_at_eos_and_are_scored_alike_alone_and_beside_longer_prompts(loaded):
-    model, tokenizer, encoded = loaded
-    with torch.no_grad():  # it is tied, so a larger embedding makes EOS more likely
-        model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 20
-    long = "My bike is slow, and my bread is flat. Any advice?"
-    prompts = [example.prompt for example in encoded(row_of("Bike."), row_of(long))]
-    torch.manual_seed(0)
-    ids, mask = p3o.sample(model, prompts, 64, 24)  # (2, 64, T)
-    ended = p3o.finished(model, ids, mask)
-    assert ended.any()
-    assert not ended.all()
-    for row, inside in zip(ids.flatten(0, 1), mask.flatten(0, 1), strict=True):
-        assert tokenizer.eos_token_id not in row[inside].tolist()[:-1]
-    logprobs = p3o.response_logprobs(model, ids, mask)  # (2, 64, T−1)
-    inside = mask[0, 0]
-    alone = ids[0, 0][: inside.nonzero()[-1] + 1]  # (t,)
-    expected = model(alone[None]).logits[0, :-1].log_softmax(-1)  # (t−1, V)
-    expected = expected.gather(-1, alone[1:, None])[:, 0][inside[1 : len(alone)]]
-    assert torch.allclose(logprobs[0, 0][inside[1:]], expected, atol=1e-5)
-
-
 def test_it_goes_through_every_stage_and_the_library_chats_with_the_result(
     chat_model, quick, out, tmp_path
 ):
@@ -299,11 +249,7 @@ def test_it_goes_through_every_stage_and_the_library_chats_with_the_result(
     data = write_rows(tmp_path / "rows.jsonl", rows)
     options = ["--model", str(chat_model), "--data", str(data), "--prompt-tokens", "96"]
     assert status([*quick, *options]) == 0
-    weights = weights_of(out)
-    for key in weights:
-        if key.startswith("p3o."):
-            before = weights[key.replace("p3o.", "sft.", 1)]
-            assert not torch.equal(weights[key], before), f"P3O never moved {key}"
+    assert_p3o_moved_every_weight(out)
     policy = pipeline("text-generation", str(out / "p3o"))
     chat = [{"role": "user", "content": "My bike is slow."}]
     given = []

@@ -13,7 +13,6 @@ from toys import (
     encode,
     even_share,
     length_score,
-    nothing,
     run_policy,
     same_weights,
     small,

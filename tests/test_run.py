@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, TESTS
 from toys import (
+    assert_p3o_moved_every_weight,
     dialogue,
     encode,
     metrics_of,
@@ -35,7 +36,7 @@ from transformers import (
 
 import p3o
 from data import judge
-from data.preferences import Pair, split_row
+from data.preferences import Pair
 
 SCRIPT = str(Path(p3o.__file__).resolve())
 
@@ -192,11 +193,7 @@ def test_gpt_neox_goes_through_every_stage(tiny, quick, out, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny[2].save_pretrained(tmp_path / "model")
     assert status([*quick, "--model", str(tmp_path / "model")]) == 0
-    weights = weights_of(out)
-    for key in weights:
-        if key.startswith("p3o."):
-            before = weights[key.replace("p3o.", "sft.", 1)]
-            assert not torch.equal(weights[key], before), f"P3O never moved {key}"
+    assert_p3o_moved_every_weight(out)
 
 
 # ---- From stage to stage -------------------------------------------------------------------
@@ -228,9 +225,7 @@ def test_reference_and_reward_model_are_unchanged_by_stage_3(run):
     for stage, model in used.items():
         for key, value in model.state_dict().items():
             assert torch.equal(value, saved[f"{stage}.{key}"]), f"{stage}: {key}"
-    for key, value in saved.items():
-        if key.startswith("sft."):
-            assert not torch.equal(value, saved["p3o" + key[3:]]), f"P3O never moved {key}"
+    assert_p3o_moved_every_weight(run.out)
 
 
 def test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else(run):

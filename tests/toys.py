@@ -235,3 +235,11 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
         for key, value in kind.from_pretrained(out / stage).state_dict().items():
             weights[f"{stage}.{key}"] = value
     return weights
+
+
+def assert_p3o_moved_every_weight(out: Path) -> None:
+    weights = weights_of(out)
+    for key, value in weights.items():
+        if key.startswith("p3o."):
+            moved = not torch.equal(value, weights["sft" + key[3:]])
+            assert moved, f"P3O never moved {key}"
