@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for each other
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests make their tensors on the CPU
@@ -163,7 +164,8 @@ def quick(quick_data, out, monkeypatch) -> list[str]:
     return quick_options(quick_data, out)
 
 
-class Run(NamedTuple):
+@dataclass(repr=False)
+class Run:
     """A finished run, and what was seen on the way."""
 
     out: Path
@@ -206,7 +208,8 @@ def run(quick_data, tmp_path_factory) -> Run:
         for name in ("train_sft", "train_reward", "set_gain", "train_policy", "evaluate", "save"):
             watch(name, monkeypatch)
         assert status(quick_options(quick_data, seen.out)) == 0
-    return seen._replace(printed=printed.getvalue())
+    seen.printed = printed.getvalue()
+    return seen
 
 
 @pytest.fixture
