@@ -137,7 +137,7 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
     options = dict(
         seed=trial.seed,
         beta=trial.beta,
-        lr=trial.lr,
+        p3o_lr=trial.lr,
         inner_epochs=trial.epochs,
         iterations=trial.iterations,
         clip="separate" if trial.method == "V1" else "joint",
@@ -163,7 +163,7 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
         loss = LOSSES[trial.method]
         if trial.method == "REBEL":
             loss = functools.partial(loss, eta=trial.knob)
-        p3o.train_policy(policy, sft, score, prompts, cfg, log, loss_fn=loss)
+        p3o.train_policy(policy, sft, score, loss, prompts, cfg, log)
 
 
 def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
@@ -173,7 +173,7 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
     first: for two epochs, as p3o.py does, or with the same number of updates as AIHF.
     """
     preferences = examples[: round(trial.knob * len(examples))]
-    options = dict(beta=trial.beta, lr=trial.lr, iterations=trial.iterations)
+    options = dict(beta=trial.beta, p3o_lr=trial.lr, iterations=trial.iterations)
     cfg = p3o.Config(**p3o.SMALL | options)
     prompts = [example.prompt for example in examples]
     reward_model = p3o.load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
@@ -191,14 +191,15 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
     p3o.train_reward(reward_model, preferences, dataclasses.replace(cfg, epochs=epochs), log)
     p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
     score = functools.partial(p3o.reward_scores, reward_model)
-    p3o.train_policy(policy, sft, score, prompts, cfg, log)
+    p3o.train_policy(policy, sft, score, p3o.p3o_loss, prompts, cfg, log)
 
 
 def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list]:
     """Sample one answer to each prompt; return each answer's KL, score, end and gold reward."""
     found = defaultdict(list)
     torch.manual_seed(0)
-    for batch in p3o.parts_of(examples, 64, "answers"):
+    for i in range(0, len(examples), 64):
+        batch = examples[i : i + 64]
         prompts = [example.prompt for example in batch]
         ids, mask = p3o.sample(policy, prompts, 1, p3o.SMALL["response_tokens"])  # (b, 1, T)
         with torch.no_grad():
@@ -212,6 +213,12 @@ def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list
     return found
 
 
+def win_rate(mine: Sequence, theirs: Sequence) -> float:
+    """Return the share of answers that are better than the other's; a tie counts half."""
+    pairs = list(zip(mine, theirs, strict=True))
+    return statistics.mean((a > b) + 0.5 * (a == b) for a, b in pairs)
+
+
 @functools.lru_cache(1)
 def start_of(seed: int) -> tuple:
     """Return what all runs of a seed start from, and the answers of its SFT model."""
@@ -220,8 +227,9 @@ def start_of(seed: int) -> tuple:
     tokenizer = AutoTokenizer.from_pretrained(out / "sft")
     cfg = p3o.Config(**p3o.SMALL)
     train_pairs, heldout_pairs = p3o.load_pairs(cfg.data)
-    examples = p3o.tokenize(train_pairs, tokenizer, cfg)
-    heldout = p3o.tokenize(heldout_pairs, tokenizer, cfg)[:EVALUATED]
+    limits = cfg.prompt_tokens, cfg.response_tokens
+    examples = p3o.tokenize(train_pairs, tokenizer, *limits)
+    heldout = p3o.tokenize(heldout_pairs, tokenizer, *limits)[:EVALUATED]
     sft = p3o.load(out / "sft")
     reward_model = p3o.load(out / "reward", AutoModelForSequenceClassification)
     answers = answer_all(sft, sft, reward_model, tokenizer, heldout)
@@ -252,7 +260,7 @@ def run(trial: Trial) -> dict:
     row = trial._asdict()
     for key in ("score", "gold", "kl", "finished"):
         row[key] = round(statistics.mean(mine[key]), 4)
-    row["win_rate"] = round(statistics.mean(judge.wins(mine["gold"], first["gold"])), 4)
+    row["win_rate"] = round(win_rate(mine["gold"], first["gold"]), 4)
     row["points"] = ""
     if trial.part == "frontier":  # each answer's gold reward in points, as a letter; "m" is 0
         row["points"] = "".join(chr(ord("m") + round(gold / 1.5)) for gold in mine["gold"])
@@ -502,7 +510,7 @@ def head_to_head(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, str], lis
         for other in METHODS:
             rate = 0.0
             for (w, a), (v, b) in itertools.product(mine, runs.get((other, seed), [])):
-                rate += w * v * statistics.mean(judge.wins(a.points, b.points))
+                rate += w * v * win_rate(a.points, b.points)
             if (other, seed) in runs:
                 wins[one, other].append(rate)
     return wins

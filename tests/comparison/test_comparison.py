@@ -185,13 +185,12 @@ def test_a_pipeline_that_was_stopped_is_not_finished(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", compare.LOSSES)
 def test_each_method_trains_with_its_own_loss_clip_and_offset(method, monkeypatch):
     calls = []
-    monkeypatch.setattr(p3o, "train_policy", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(p3o, "train_policy", lambda *args: calls.append(args))
     monkeypatch.setattr(p3o, "reward_scores", lambda model, ids, mask: torch.zeros(mask.shape[:-1]))
     trial = compare.Trial("offset", method, 5, 0.3, 1e-3, 0.7, epochs=4, iterations=40, offset=3.0)
     compare.train(trial, "policy", "sft", "reward", [SimpleNamespace(prompt=[7])], "log")
-    ((policy, reference, score, prompts, cfg, log), options) = calls[0]
+    ((policy, reference, score, loss, prompts, cfg, log),) = calls
     assert (policy, reference, prompts, log) == ("policy", "sft", [[7]], "log")
-    loss = options["loss_fn"]
     if method == "REBEL":
         assert loss.keywords == {"eta": 0.7}
         loss = loss.func
@@ -199,7 +198,7 @@ def test_each_method_trains_with_its_own_loss_clip_and_offset(method, monkeypatc
     assert cfg.clip == ("separate" if method == "V1" else "joint")
     assert cfg.clip_range == (0.2 if method in ("online DPO", "REBEL") else 0.7)
     assert cfg.beta == (0.6 if method == "GRPO" else 0.3)
-    assert (cfg.lr, cfg.inner_epochs, cfg.iterations, cfg.seed) == (1e-3, 4, 40, 5)
+    assert (cfg.p3o_lr, cfg.inner_epochs, cfg.iterations, cfg.seed) == (1e-3, 4, 40, 5)
     ids = torch.tensor([[5, 6, 7, 8]])
     inside = torch.tensor([[False, False, True, True]])
     assert torch.equal(score(ids, inside), compare.offset_of(ids, inside, 3.0))
@@ -217,12 +216,12 @@ def test_ppo_and_dpo_have_loops_of_their_own(monkeypatch):
         compare.train(trial, "policy", "sft", reward_model, examples, "log")
     (policy, sft, _, prompts, cfg, log, critic), options = calls["train_ppo"]
     assert (policy, sft, prompts, log) == ("policy", "sft", [[7]], "log")
-    assert (cfg.beta, cfg.lr, options) == (0.3, 1e-3, {"gae_lambda": 0.7})
+    assert (cfg.beta, cfg.p3o_lr, options) == (0.3, 1e-3, {"gae_lambda": 0.7})
     assert critic is not reward_model, "the critic is trained, the reward model is not"
     assert torch.equal(critic.weight, reward_model.weight)
     (*given, cfg, log), options = calls["train_dpo"]
     assert (given, log, options) == (["policy", "sft", examples], "log", {})
-    assert (cfg.beta, cfg.lr) == (0.3, 1e-3)
+    assert (cfg.beta, cfg.p3o_lr) == (0.3, 1e-3)
 
 
 def test_the_offset_depends_on_the_prompt_alone_and_has_the_given_spread():
@@ -244,11 +243,11 @@ def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatc
 
     def train_jointly(policy, sft, reward, demonstrations, preferences, cfg, log, **options):
         seen.append((len(demonstrations), len(preferences), options))
-        policies.append((policy, sft, cfg.beta, cfg.lr, cfg.iterations))
+        policies.append((policy, sft, cfg.beta, cfg.p3o_lr, cfg.iterations))
 
-    def train_policy(policy, sft, score, prompts, cfg, log):
-        assert len(prompts) == 400
-        policies.append((policy, sft, cfg.beta, cfg.lr, cfg.iterations))
+    def train_policy(policy, sft, score, loss, prompts, cfg, log):
+        assert (len(prompts), loss) == (400, p3o.p3o_loss)
+        policies.append((policy, sft, cfg.beta, cfg.p3o_lr, cfg.iterations))
 
     model = SimpleNamespace(score=torch.nn.Linear(2, 1, bias=False))
     monkeypatch.setattr(p3o, "load", lambda *_, **__: model)
@@ -417,7 +416,9 @@ def test_head_to_head_interpolates_win_rates_to_the_same_kl_and_a_tie_is_half():
 def test_the_table_has_each_difference_with_its_interval():
     rows = all_parts()
     *_, ppo, dpo = compare.summary(rows).splitlines()
-    assert ppo == "| PPO | rate 0.001, λ 0.2 |  |  |  |  | -1.00 ± 0.00 |", "what is 0 in every seed is left out"
+    assert ppo == "| PPO | rate 0.001, λ 0.2 |  |  |  |  | -1.00 ± 0.00 |", (
+        "what is 0 in every seed is left out"
+    )
     assert dpo == "| DPO | rate 0.001 |  |  |  |  |  |"
     rows.loc[(rows.part == "offset") & (rows.seed == 0), "score"] += 1
     assert " |  |  |  |  | -0.67 ± 1.43 |" in compare.summary(rows), "one seed alone is 0"

@@ -246,7 +246,7 @@ def exact_logprobs(model, ids: Tensor, inside: Tensor) -> Tensor:
 
 
 def toy_config(**options) -> p3o.Config:
-    small = dict(pairs=32, minibatch=16, inner_epochs=2, response_tokens=LONGEST, lr=3e-3)
+    small = dict(pairs=32, minibatch=16, inner_epochs=2, response_tokens=LONGEST, p3o_lr=3e-3)
     return p3o.Config(**p3o.SMALL | small | dict(iterations=12, beta=0.05) | options)
 
 
@@ -292,7 +292,7 @@ def test_each_learns(name):
         assert not same_weights(critic, before)
         assert rows[-1]["loss/value"] < rows[0]["loss/value"]
     else:
-        p3o.train_policy(*arguments, loss_fn=LOSSES[name])
+        p3o.train_policy(policy, reference, even_share, LOSSES[name], *rest)
     assert same_weights(reference, toy_model(0))
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
     assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.15
@@ -307,7 +307,7 @@ def test_ppos_updates_are_those_of_its_equations(monkeypatch):
     """Two updates on the same samples by hand, the second clipped, away from the reference."""
     monkeypatch.setattr(p3o, "make_optimizer", sgd)
     reference, policy, critic = toy_model(1), toy_model(0), toy_critic().eval()
-    rates = dict(lr=0.5, beta=0.7)
+    rates = dict(p3o_lr=0.5, beta=0.7)
     cfg = toy_config(iterations=1, inner_epochs=2, minibatch=32, micro_batch=32, **rates)
     prompts = TOY_PROMPTS * 16
     mine, mine_critic = copy.deepcopy(policy), copy.deepcopy(critic)
@@ -339,7 +339,7 @@ def test_ppos_updates_are_those_of_its_equations(monkeypatch):
         errors = torch.stack([(values - returns).square(), (near - returns).square()])
         loss = (0.1 * 0.5 * errors.amax(0) - objective)[inside].mean()
         loss.backward()
-        p3o.gradient_step(both, optimizer, cfg.lr)
+        p3o.gradient_step(both, optimizer, cfg.p3o_lr)
     assert (errors[0] != errors[1]).any(), "a value is held"
     for trained, expected in ((policy, mine), (critic, mine_critic)):
         for a, b in zip(trained.parameters(), expected.parameters(), strict=True):
@@ -353,7 +353,7 @@ def test_dpo_starts_at_ln_2_and_learns_to_prefer_the_chosen():
     examples = [p3o.Example([0], [0, 3], [1, 3], None), p3o.Example([1], [2, 2, 3], [1, 3], None)]
     rows = []
     torch.manual_seed(0)
-    cfg = toy_config(lr=1e-3, iterations=5, beta=0.5)
+    cfg = toy_config(p3o_lr=1e-3, iterations=5, beta=0.5)
     relatives.train_dpo(policy, reference, examples * 40, cfg, lambda _, row: rows.append(row))
     assert len(rows) == 5 * 2 * 2, "as many updates as stage 3"
     assert rows[0]["loss/policy"] == pytest.approx(math.log(2), abs=1e-5)
@@ -392,7 +392,7 @@ def test_dpos_gradient_is_that_of_its_loss(monkeypatch):
         h.append(new - p3o.sequence_logprobs(reference, ids, mask).detach())
     (-F.logsigmoid(0.5 * (h[0] - h[1]))).mean().backward()
     optimizer = p3o.make_optimizer([{"params": mine.parameters(), "weight_decay": 0.0}])
-    p3o.gradient_step(mine, optimizer, cfg.lr)
+    p3o.gradient_step(mine, optimizer, cfg.p3o_lr)
     assert all(map(torch.allclose, mine.parameters(), policy.parameters()))
 
 
