@@ -15,7 +15,6 @@ to its models in runs/pipelines: without those models no runs are added to the s
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import functools
 import itertools
@@ -79,18 +78,8 @@ JOINT_BETAS = (0.05, 0.1, 0.2, 0.4)
 WEIGHTS = (1.0, 0.1, 0.01)  # of AIHF's demonstrations, so AIHF gets three times as many trials
 EVALUATED = 256  # held-out prompts
 WATCHED_EVERY = 40  # iterations between two measurements of the long run
-PARTS = (
-    "tuning",
-    "frontier",
-    "as tuned",
-    "rate",
-    "staleness",
-    "staleness, one rate",
-    "offset",
-    "gaming",
-    "joint tuning",
-    "joint",
-)
+PARTS = ("tuning", "frontier", "as tuned", "rate", "staleness", "staleness, one rate", "offset")
+PARTS += ("gaming", "joint tuning", "joint")
 FIGURES = ("score", "gold", "kl", "win_rate", "finished", "points", "curve")
 
 
@@ -277,12 +266,8 @@ def read_rows() -> pandas.DataFrame:
 
 
 def write_row(row: dict) -> None:
-    fresh = not ROWS.exists()
-    with ROWS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*Trial._fields, *FIGURES], lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)
+    found = pandas.DataFrame([row], columns=[*Trial._fields, *FIGURES])
+    found.to_csv(ROWS, mode="a", header=not ROWS.exists(), index=False)
 
 
 def key_of(row: dict) -> tuple:
@@ -303,22 +288,25 @@ def reached(rows: pandas.DataFrame) -> pandas.Series:
     return rows.score - rows.beta * rows.kl
 
 
+def best(values: pandas.Series, rows: pandas.DataFrame, *columns: str) -> dict[str, tuple]:
+    """Return for each method the values of these columns that have the best mean."""
+    means = values.groupby([rows[column] for column in ("method", *columns)]).mean()
+    return {method: tuple(found) for method, *found in means.groupby("method").idxmax()}
+
+
 def tuned(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
-    """Return each method's learning rate and knob: the best mean of score − β KL in tuning."""
+    """Return each method's learning rate and knob: the best score − β KL in tuning."""
     rows = rows[rows.part == "tuning"]
-    means = reached(rows).groupby([rows.method, rows.lr, rows.knob]).mean()
-    return {method: (lr, knob) for method, lr, knob in means.groupby("method").idxmax()}
+    return best(reached(rows), rows, "lr", "knob")
 
 
 def tuned_joint(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
-    """Return β and weight for each way to learn from few preferences.
+    """Return β and weight of each way to learn from few preferences: the best gold reward.
 
-    They have the best mean gold reward at a tenth of the preferences; scores of different reward
-    models have no common unit.
+    Scores would not do: those of different reward models have no common unit.
     """
     rows = rows[rows.part == "joint tuning"]
-    means = rows.gold.groupby([rows.method, rows.beta, rows.weight]).mean()
-    return {method: (beta, weight) for method, beta, weight in means.groupby("method").idxmax()}
+    return best(rows.gold, rows, "beta", "weight")
 
 
 def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
@@ -337,32 +325,30 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
                 found.append(Trial(part, method, seed, beta, 2e-3, 0.1, weight=weight))
         return found
     if part == "joint":
-        best = tuned_joint(rows)
+        settings = tuned_joint(rows)
         for seed, method, share in itertools.product(seeds, JOINT, SHARES):
-            beta, weight = best[method]
+            beta, weight = settings[method]
             found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
         return found
-    best = tuned(rows)
     done = keys_of(rows)
-    for seed, method in itertools.product(seeds, METHODS if part == "frontier" else ONLINE):
-        lr, knob = best[method]
+    for seed, (method, (lr, knob)) in itertools.product(seeds, tuned(rows).items()):
         base = Trial(part, method, seed, BETA, lr, knob)
-        if part == "frontier":
-            found += [base._replace(beta=beta) for beta in BETAS]
-        elif part == "as tuned":  # a seed with a frontier has this run in it
-            if key_of(base._replace(part="frontier")._asdict()) not in done:
-                found.append(base)
-        elif part == "rate":
-            found += [base._replace(lr=lr * factor) for factor in RATES]
-        elif part == "staleness":
-            found += [base._replace(epochs=n, iterations=160 // n) for n in EPOCHS]
-        elif part == "staleness, one rate":  # tuned rates differ by a factor of up to 4
-            found.append(base._replace(epochs=16, iterations=10, lr=1e-3))
-        elif part == "offset":
-            spreads = OFFSETS if method == "PPO" else OFFSETS[-1:]
-            found += [base._replace(offset=spread) for spread in spreads]
-        elif part == "gaming":  # one rate for all: a higher rate games a reward model sooner
-            found.append(base._replace(beta=0.025, lr=1e-3, iterations=240))
+        spreads = OFFSETS if method == "PPO" else OFFSETS[-1:]
+        changes = {
+            "frontier": [dict(beta=beta) for beta in BETAS],
+            "as tuned": [{}],
+            "rate": [dict(lr=lr * factor) for factor in RATES],
+            "staleness": [dict(epochs=n, iterations=160 // n) for n in EPOCHS],
+            # the tuned rates differ by a factor of up to 4
+            "staleness, one rate": [dict(epochs=16, iterations=10, lr=1e-3)],
+            "offset": [dict(offset=spread) for spread in spreads],
+            # one rate for all, because a higher rate games a reward model sooner
+            "gaming": [dict(beta=0.025, lr=1e-3, iterations=240)],
+        }
+        if part == "as tuned" and key_of(base._replace(part="frontier")._asdict()) in done:
+            continue  # the seed's frontier has this run in it
+        if method in ONLINE or part == "frontier":
+            found += [base._replace(**change) for change in changes[part]]
     return found
 
 
@@ -445,8 +431,8 @@ def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:
 
 def by_method(values: pandas.Series) -> dict[str, list[float]]:
     """Turn values indexed by (method, seed) into lists in the order of the seeds."""
-    values = values.dropna().sort_index()
-    found = {method: list(group) for method, group in values.groupby("method")}
+    groups = values.dropna().sort_index().groupby(level=0)
+    found = {method: list(group) for method, group in groups}
     return {method: found[method] for method in METHODS if method in found}
 
 
@@ -462,57 +448,44 @@ def change(rows: pandas.DataFrame, part: str, column: str, value: float) -> dict
     return by_method(there.set_index(keys).reached - base)
 
 
-def around_kl(rows: pandas.DataFrame, kl: float) -> list[tuple[float, pandas.Series]]:
-    """Return the two runs on either side of this KL with weights that interpolate in log KL.
+def at_kl(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, int], list]:
+    """Return for each method and seed two weighted runs that interpolate the frontier at this KL.
 
-    `rows` are one method's runs at all β on one seed. Empty where they do not reach that KL.
+    They are the runs on either side of it, and the weights are linear in log KL, against which
+    the frontier is nearly straight. A method and seed that does not reach this KL is left out.
     """
-    rows = rows.sort_values("kl")
-    log_kl = numpy.log(rows.kl.clip(1e-3)).to_numpy()  # the frontier is nearly straight in log KL
-    above = int(numpy.searchsorted(log_kl, math.log(kl)))
-    if above in (0, len(rows)):
-        return []
-    low, high = log_kl[above - 1 : above + 1]
-    share = (math.log(kl) - low) / (high - low)
-    return [(1 - share, rows.iloc[above - 1]), (share, rows.iloc[above])]
-
-
-def frontier_at(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, int], list]:
-    """Return what `around_kl` finds for each method and seed that reaches this KL."""
-    runs = rows[rows.part == "frontier"].groupby(["method", "seed"])
-    found = {key: around_kl(mine, kl) for key, mine in runs}
-    return {key: pair for key, pair in found.items() if pair}
+    found = {}
+    for key, runs in rows[rows.part == "frontier"].groupby(["method", "seed"]):
+        runs = runs.sort_values("kl")
+        log_kl = numpy.log(runs.kl.clip(1e-3)).to_numpy()
+        above = int(numpy.searchsorted(log_kl, math.log(kl)))
+        if 0 < above < len(runs):
+            low, high = log_kl[above - 1 : above + 1]
+            share = (math.log(kl) - low) / (high - low)
+            found[key] = [(1 - share, runs.iloc[above - 1]), (share, runs.iloc[above])]
+    return found
 
 
 def frontier_gaps(rows: pandas.DataFrame, kl: float, figure: str = "gold") -> dict[str, list]:
     """Return how far each method is above P3O (V2) at the same KL, one value per seed."""
-    gaps = {}
-    runs = frontier_at(rows, kl)
-    values = {key: sum(w * run[figure] for w, run in pair) for key, pair in runs.items()}
-    for (method, seed), value in values.items():
-        if ("V2", seed) in values:
-            gaps[method, seed] = value - values["V2", seed]
-    if not gaps:
-        return {}
-    index = pandas.MultiIndex.from_tuples(gaps, names=["method", "seed"])
-    return by_method(pandas.Series(list(gaps.values()), index))
+    found = at_kl(rows, kl)
+    values = {key: sum(w * run[figure] for w, run in runs) for key, runs in found.items()}
+    gaps = {key: value - values.get(("V2", key[1]), math.nan) for key, value in values.items()}
+    return by_method(pandas.Series(gaps, dtype=float))
 
 
 def head_to_head(rows: pandas.DataFrame, kl: float) -> dict[tuple[str, str], list[float]]:
-    """Return how often one method's answers beat another's at the same KL, one value per seed.
+    """Return how often a method's answers beat another's at the same KL, one value per seed.
 
-    Answers are to the same prompts; a tie counts half. Each side's win rate is interpolated to
-    this KL between its two nearest runs.
+    The answers are to the same prompts, and a tie counts half.
     """
     wins = defaultdict(list)
-    runs = frontier_at(rows, kl)
-    for (one, seed), mine in runs.items():
-        for other in METHODS:
-            rate = 0.0
-            for (w, a), (v, b) in itertools.product(mine, runs.get((other, seed), [])):
-                rate += w * v * win_rate(a.points, b.points)
-            if (other, seed) in runs:
-                wins[one, other].append(rate)
+    found = at_kl(rows, kl)
+    for (one, seed), (other, same) in itertools.product(found, found):
+        if seed == same:
+            pairs = itertools.product(found[one, seed], found[other, seed])
+            rate = sum(w * v * win_rate(a.points, b.points) for (w, a), (v, b) in pairs)
+            wins[one, other].append(rate)
     return wins
 
 
@@ -543,7 +516,7 @@ def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> str:
 
 
 def summary(rows: pandas.DataFrame) -> str:
-    """Return the table of README.md: tuned settings, and differences, mean ± half their interval."""
+    """Return the table of README.md: tuned settings; differences with their intervals."""
     columns = {
         "gold reward at KL 2, minus P3O (V2)'s": frontier_gaps(rows, 2.0),
         "rate 4e-3": change(rows, "rate", "lr", 4e-3),
@@ -553,12 +526,12 @@ def summary(rows: pandas.DataFrame) -> str:
     }
     seeds = {title: max(map(len, gaps.values()), default=0) for title, gaps in columns.items()}
     titles = ["tuned", *(f"{title}; {count} seeds" for title, count in seeds.items())]
-    best = tuned(rows)
+    settings = tuned(rows)
     lines = ["| method | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for method in METHODS:
         cells = [NAMES.get(method, method), ""]
-        if method in best:
-            lr, knob = best[method]
+        if method in settings:
+            lr, knob = settings[method]
             name = KNOB_NAMES.get(method)
             cells[1] = f"rate {lr:g}" + (f", {name} {knob:g}" if name else "")
         for gaps in columns.values():

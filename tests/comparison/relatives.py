@@ -1,13 +1,12 @@
 """The relatives of P3O: RLOO, GRPO, online DPO, REBEL, PPO, DPO and AIHF, each with its equation.
 
-The first four are losses for `p3o.train_policy` and have the arguments and results of
-`p3o.p3o_loss`: log-probs in nats and scores, (B, 2) each. The others have loops of their own. As in
-p3o.py, h_i = log π(y_i|x) − log π_ref(y_i|x) and ρ_i = π(y_i|x) / π_old(y_i|x). Δ is the
-difference between y_1 and y_2.
+The first four are losses for `p3o.train_policy`, with the arguments and results of `p3o.p3o_loss`:
+log-probs in nats and scores, (B, 2) each. The others are loops, with the arguments of
+`p3o.train_policy` and more. As in p3o.py, h_i = log π(y_i|x) − log π_ref(y_i|x) and
+ρ_i = π(y_i|x) / π_old(y_i|x). Δ is the value of y_1 minus that of y_2.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import p3o
+
+VALUE_WEIGHT = 0.1  # of the critic's loss in PPO
 
 
 def metrics_of(log_ratio: Tensor, q: Tensor, stopped: Tensor) -> dict[str, Tensor]:
@@ -41,16 +42,7 @@ def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> tuple[Te
 
 
 # ---- Losses for train_policy -------------------------------------------------------------
-def rloo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    clip_range: float = 0.2,
-    **_: object,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def rloo_loss(logprobs, old_logprobs, ref_logprobs, scores, *, beta, clip_range=0.2, **_):
     """REINFORCE leave-one-out with two samples (Ahmadian et al. 2024), with PPO's clip.
 
     J = ½ Σ_i min( A_i ρ_i, A_i clip(ρ_i, 1−ε, 1+ε) ), with A_i = R_i − R_{3−i} and R = r − β h_old:
@@ -64,16 +56,7 @@ def rloo_loss(
     return -objective.sum(-1).mul(0.5).mean(), metrics_of(log_ratio, advantage[:, 0], stopped)
 
 
-def grpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    clip_range: float = 0.2,
-    **_: object,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def grpo_loss(logprobs, old_logprobs, ref_logprobs, scores, *, beta, clip_range=0.2, **_):
     """Group relative policy optimization (Shao et al. 2024) with groups of two, on whole responses.
 
     J = ½ Σ_i min( A_i ρ_i, A_i clip(ρ_i, 1−ε, 1+ε) ) − ½ β sg[Δh] Δ log π. The advantages
@@ -93,15 +76,7 @@ def grpo_loss(
     return -objective.mean(), metrics_of(log_ratio, advantage[:, 0] - kl_push, stopped)
 
 
-def online_dpo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    **_: object,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def online_dpo_loss(logprobs, old_logprobs, ref_logprobs, scores, *, beta, **_):
     """DPO (Rafailov et al. 2023) on sampled pairs that the reward model labels.
 
     The loss is −E log σ(β Δh). y_1 is preferred with probability σ(Δr), as in Bradley-Terry, and
@@ -116,20 +91,11 @@ def online_dpo_loss(
     return loss.mean(), metrics_of(log_ratio, gap - margin, torch.zeros_like(gap))
 
 
-def rebel_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    eta: float = 1.0,
-    **_: object,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def rebel_loss(logprobs, old_logprobs, ref_logprobs, scores, *, beta, eta=1.0, **_):
     """REBEL (Gao et al. 2024): fit Δ log ρ / η to the difference of the rewards.
 
-    The loss is ( Δ(r − β h_old) − Δ log ρ / η )². Where P3O (V2) stops, REBEL pulls back: 1/η is the
-    price of leaving π_old. The reward contains the KL to the reference.
+    The loss is ( Δ(r − β h_old) − Δ log ρ / η )². Where P3O (V2) stops, REBEL pulls back: 1/η is
+    the price of leaving π_old. The reward contains the KL to the reference.
     """
     reward = scores - beta * (old_logprobs - ref_logprobs)  # (B, 2)
     gap = (reward[:, 0] - reward[:, 1]).detach()  # (B,)
@@ -162,17 +128,7 @@ def gae(rewards: Tensor, values: Tensor, discount: float) -> Tensor:
     return torch.stack(columns, -1).flip(-1)
 
 
-def train_ppo(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    score: Callable[[Tensor, Tensor], Tensor],
-    prompts: list[list[int]],
-    cfg: p3o.Config,
-    log: Callable,
-    critic: PreTrainedModel,
-    gae_lambda: float = 0.95,
-    value_weight: float = 0.1,
-) -> None:
+def train_ppo(policy, reference, score, prompts, cfg, log, critic, gae_lambda=0.95) -> None:
     """PPO with a critic (Ouyang et al. 2022): the prompts, samples and updates of train_policy.
 
     Each token is an action. Its reward is −β (log π_old − log π_ref); the last token gets the score
@@ -184,7 +140,7 @@ def train_ppo(
     batches = p3o.shuffled(prompts, cfg.pairs, cfg.iterations)
     both = torch.nn.ModuleList([policy, critic])
     optimizer = p3o.make_optimizer([{"params": both.parameters(), "weight_decay": 0.0}])
-    size = 2 * min(cfg.micro_batch, cfg.minibatch)  # of responses: PPO has no pairs
+    size = 2 * cfg.micro_batch  # of responses: PPO has no pairs
     for iteration in tqdm(range(cfg.iterations), "PPO"):
         lr = p3o.learning_rate(cfg.p3o_lr, iteration, cfg.iterations)
 
@@ -215,7 +171,7 @@ def train_ppo(
         for _ in range(cfg.inner_epochs):
             for minibatch in torch.randperm(len(ids)).split(2 * cfg.minibatch):
                 tokens = inside[minibatch].sum()
-                for part in minibatch.split(2 * cfg.micro_batch):
+                for part in minibatch.split(size):
                     here = inside[part]  # (n, T−1)
                     logprobs = p3o.response_logprobs(policy, ids[part], response_mask[part])
                     log_ratio = logprobs - old_logprobs[part]
@@ -225,7 +181,7 @@ def train_ppo(
                     error = (values - returns[part]).square()
                     clipped_error = (old_values[part] + moved - returns[part]).square()
                     value_loss = 0.5 * torch.maximum(error, clipped_error)
-                    loss = (value_weight * value_loss - objective)[here].sum() / tokens
+                    loss = (VALUE_WEIGHT * value_loss - objective)[here].sum() / tokens
                     loss.backward()
                     row["policy/clipfrac"] += (stopped[here].sum() / tokens).item()
                     row["loss/value"] += (value_loss[here].sum() / tokens).item()
@@ -242,13 +198,7 @@ def train_ppo(
 
 
 # ---- Offline DPO -------------------------------------------------------------------------
-def train_dpo(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    examples: list[p3o.Example],
-    cfg: p3o.Config,
-    log: Callable,
-) -> None:
+def train_dpo(policy, reference, examples, cfg, log) -> None:
     """DPO on the pairs of the dataset: −log σ(β (h_w − h_l)); no reward model and no samples.
 
     Makes the same number of updates as stage 3, on `cfg.minibatch` pairs each.
@@ -290,28 +240,19 @@ def demonstration_loss(demo_scores: Tensor, sample_scores: Tensor, exact: bool) 
 
 
 def train_jointly(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    reward_model: PreTrainedModel,
-    demonstrations: list[p3o.Example],
-    preferences: list[p3o.Example],
-    cfg: p3o.Config,
-    log: Callable,
-    *,
-    demo_weight: float = 1.0,
-    exact: bool = True,
-) -> None:
+    policy, reference, reward_model, demos, preferences, cfg, log, demo_weight, exact
+):
     """AIHF (Li et al. 2024): one stage replaces the last two; its policy step is P3O's.
 
-    Each iteration samples a pair for each of cfg.pairs prompts. Then it updates the reward model and
-    the policy, the same number of times each. The reward model minimises demo_weight ·
+    Each iteration samples a pair for each of cfg.pairs prompts. Then it updates the reward model
+    and the policy, the same number of times each. The reward model minimises demo_weight ·
     demonstration_loss(chosen, y_1) plus the Bradley-Terry loss on the same number of preferences.
     The policy makes P3O's updates under the new reward, with the KL to the fixed reference.
     """
     policy.eval()
     reward_model.eval()
     updates = cfg.inner_epochs * math.ceil(cfg.pairs / cfg.minibatch)
-    demo_batches = p3o.shuffled(demonstrations, cfg.pairs, cfg.iterations)
+    demo_batches = p3o.shuffled(demos, cfg.pairs, cfg.iterations)
     preferred = p3o.shuffled(preferences, cfg.minibatch, cfg.iterations * updates)
     body = {"params": reward_model.base_model.parameters()}
     head = {"params": reward_model.score.parameters(), "lr_scale": 10}
@@ -321,7 +262,8 @@ def train_jointly(
         batch = demo_batches[iteration]
         prompts = [example.prompt for example in batch]
         ids, mask = p3o.sample(policy, prompts, 2, cfg.response_tokens)  # (B, 2, T)
-        demos = p3o.collate(prompts, [example.chosen for example in batch], policy)  # (B, T')
+        chosen = [example.chosen for example in batch]
+        demo_ids, demo_mask = p3o.collate(prompts, chosen, policy)  # (B, T')
 
         # 1. the reward model: demonstrations above samples, chosen above rejected
         lr = p3o.learning_rate(cfg.reward_lr, iteration, cfg.iterations)
@@ -330,10 +272,10 @@ def train_jointly(
         for _ in range(cfg.inner_epochs):
             minibatches += torch.randperm(cfg.pairs).split(cfg.minibatch)
         for step, part in enumerate(minibatches):
-            demo_scores = p3o.reward_scores(reward_model, demos[0][part], demos[1][part])  # (b,)
+            demo_scores = p3o.reward_scores(reward_model, demo_ids[part], demo_mask[part])  # (b,)
             sample_scores = p3o.reward_scores(reward_model, ids[part, 0], mask[part, 0])  # (b,)
             pairs = p3o.score_pairs(reward_model, preferred[iteration * updates + step])  # (b, 2)
-            loss = p3o.bradley_terry_loss(pairs[:, 0], pairs[:, 1])
+            loss = p3o.bradley_terry_loss(*pairs.unbind(-1))
             loss = loss + demo_weight * demonstration_loss(demo_scores, sample_scores, exact)
             loss.backward()
             p3o.gradient_step(reward_model, reward_optimizer, lr)

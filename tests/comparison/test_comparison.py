@@ -6,11 +6,13 @@ same in words, and so do the notebook's sections 11 and 12.
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
 import re
 import statistics
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ import numpy
 import pandas
 import pictures
 import pytest
+import relatives
 import torch
 from compare import ONLINE
 
@@ -70,34 +73,25 @@ def test_the_committed_rows_are_different_trials():
     assert set(ROWS.method) <= {*compare.METHODS, *compare.JOINT}
 
 
-@pytest.mark.parametrize("part", compare.PARTS[1:7])
-def test_each_part_changes_one_thing_and_makes_160_updates(part):
-    trials = compare.trials(part, pandas.DataFrame(TUNED), (5, 6))
-    assert {trial.seed for trial in trials} == {5, 6}
-    assert {trial.epochs * trial.iterations for trial in trials} == {160}
-    methods = compare.METHODS if part == "frontier" else ONLINE
-    assert {trial.method for trial in trials} == set(methods)
-    settings = {(t.beta, t.lr, t.epochs, t.offset) for t in trials if t.method == "PPO"}
-    as_tuned = (0.1, 1e-3, 2, 0.0)
-    place, values = {
-        "frontier": (0, compare.BETAS),
-        "as tuned": (0, (0.1,)),
-        "rate": (1, [1e-3 * factor for factor in compare.RATES]),
-        "staleness": (2, compare.EPOCHS),
-        "staleness, one rate": (2, (16,)),
-        "offset": (3, compare.OFFSETS),
-    }[part]
-    assert settings == {(*as_tuned[:place], value, *as_tuned[place + 1 :]) for value in values}
-    if part == "offset":
-        assert {trial.offset for trial in trials if trial.method != "PPO"} == {10}
-
-
-def test_where_methods_were_tuned_to_different_rates_some_parts_use_one_rate_for_all():
-    rows = pandas.DataFrame([row(method=m, lr=1e-4) for m in compare.METHODS])
-    (stale,) = {t[3:8] for t in compare.trials("staleness, one rate", rows, (5,))}
-    assert stale == (0.1, 1e-3, 0.2, 16, 10)
-    (long,) = {t[3:8] for t in compare.trials("gaming", rows, (5,))}
-    assert long == (0.025, 1e-3, 0.2, 2, 240)
+def test_each_part_changes_one_thing_and_makes_160_updates():
+    rows = pandas.DataFrame([row(method=method, lr=1e-4) for method in compare.METHODS])
+    expected = {
+        "frontier": {(beta, 1e-4, 2, 80, 0) for beta in compare.BETAS},
+        "as tuned": {(0.1, 1e-4, 2, 80, 0)},
+        "rate": {(0.1, factor * 1e-4, 2, 80, 0) for factor in compare.RATES},
+        "staleness": {(0.1, 1e-4, n, 160 // n, 0) for n in compare.EPOCHS},
+        "staleness, one rate": {(0.1, 1e-3, 16, 10, 0)},
+        "offset": {(0.1, 1e-4, 2, 80, spread) for spread in compare.OFFSETS},
+        "gaming": {(0.025, 1e-3, 2, 240, 0)},  # three times as long
+    }
+    for part, settings in expected.items():
+        trials = compare.trials(part, rows, (5, 6))
+        methods = compare.METHODS if part == "frontier" else ONLINE
+        assert {(t.method, t.seed) for t in trials} == {*itertools.product(methods, (5, 6))}
+        for method in methods:
+            mine = {(t.beta, t.lr, *t[6:9]) for t in trials if t.method == method}
+            pairwise = part == "offset" and method != "PPO"
+            assert mine == ({(0.1, 1e-4, 2, 80, 10)} if pairwise else settings)
 
 
 def test_a_seed_with_a_frontier_has_its_tuned_run_there():
@@ -182,46 +176,41 @@ def test_a_pipeline_that_was_stopped_is_not_finished(tmp_path, monkeypatch):
 
 
 # ---- What a run does ---------------------------------------------------------------------
-@pytest.mark.parametrize("method", compare.LOSSES)
-def test_each_method_trains_with_its_own_loss_clip_and_offset(method, monkeypatch):
+@pytest.mark.parametrize("method", compare.METHODS)
+def test_each_method_trains_with_its_own_loop_loss_clip_and_offset(method, monkeypatch):
     calls = []
-    monkeypatch.setattr(p3o, "train_policy", lambda *args: calls.append(args))
+    places = ((p3o, "train_policy"), (relatives, "train_ppo"), (relatives, "train_dpo"))
+    for module, name in places:
+        spy = functools.partial(lambda *args, **options: calls.append((*args, options)), name)
+        monkeypatch.setattr(module, name, spy)
     monkeypatch.setattr(p3o, "reward_scores", lambda model, ids, mask: torch.zeros(mask.shape[:-1]))
+    examples, reward_model = [SimpleNamespace(prompt=[7])], torch.nn.Linear(2, 1)
     trial = compare.Trial("offset", method, 5, 0.3, 1e-3, 0.7, epochs=4, iterations=40, offset=3.0)
-    compare.train(trial, "policy", "sft", "reward", [SimpleNamespace(prompt=[7])], "log")
-    ((policy, reference, score, loss, prompts, cfg, log),) = calls
-    assert (policy, reference, prompts, log) == ("policy", "sft", [[7]], "log")
+    compare.train(trial, "policy", "sft", reward_model, examples, "log")
+    ((loop, *given, options),) = calls
+    (cfg,) = (argument for argument in given if isinstance(argument, p3o.Config))
+    assert (cfg.p3o_lr, cfg.inner_epochs, cfg.iterations, cfg.seed) == (1e-3, 4, 40, 5)
+    assert cfg.beta == (0.6 if method == "GRPO" else 0.3)
+    assert cfg.clip == ("separate" if method == "V1" else "joint")
+    assert cfg.clip_range == (0.7 if method in ("V2", "V1", "RLOO", "GRPO") else 0.2)
+    if method == "DPO":
+        assert (loop, given) == ("train_dpo", ["policy", "sft", examples, cfg, "log"])
+        return
+    policy, sft, score, *rest = given
+    ids, inside = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, True, True]])
+    assert torch.equal(score(ids, inside), compare.offset_of(ids, inside, 3.0))
+    if method == "PPO":
+        *rest, critic = rest
+        assert (loop, rest, options) == ("train_ppo", [[[7]], cfg, "log"], {"gae_lambda": 0.7})
+        assert critic is not reward_model, "the critic is trained, the reward model is not"
+        assert torch.equal(critic.weight, reward_model.weight)
+        return
+    loss, *rest = rest
+    assert (loop, policy, sft, rest) == ("train_policy", "policy", "sft", [[[7]], cfg, "log"])
     if method == "REBEL":
         assert loss.keywords == {"eta": 0.7}
         loss = loss.func
     assert loss is compare.LOSSES[method]
-    assert cfg.clip == ("separate" if method == "V1" else "joint")
-    assert cfg.clip_range == (0.2 if method in ("online DPO", "REBEL") else 0.7)
-    assert cfg.beta == (0.6 if method == "GRPO" else 0.3)
-    assert (cfg.p3o_lr, cfg.inner_epochs, cfg.iterations, cfg.seed) == (1e-3, 4, 40, 5)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    inside = torch.tensor([[False, False, True, True]])
-    assert torch.equal(score(ids, inside), compare.offset_of(ids, inside, 3.0))
-
-
-def test_ppo_and_dpo_have_loops_of_their_own(monkeypatch):
-    calls = {}
-    for name in ("train_ppo", "train_dpo"):
-        spy = lambda *args, name=name, **options: calls.update({name: (args, options)})  # noqa: E731
-        monkeypatch.setattr(compare.relatives, name, spy)
-    reward_model = torch.nn.Linear(2, 1)
-    examples = [SimpleNamespace(prompt=[7])]
-    for method in ("PPO", "DPO"):
-        trial = compare.Trial("tuning", method, 5, 0.3, 1e-3, 0.7)
-        compare.train(trial, "policy", "sft", reward_model, examples, "log")
-    (policy, sft, _, prompts, cfg, log, critic), options = calls["train_ppo"]
-    assert (policy, sft, prompts, log) == ("policy", "sft", [[7]], "log")
-    assert (cfg.beta, cfg.p3o_lr, options) == (0.3, 1e-3, {"gae_lambda": 0.7})
-    assert critic is not reward_model, "the critic is trained, the reward model is not"
-    assert torch.equal(critic.weight, reward_model.weight)
-    (*given, cfg, log), options = calls["train_dpo"]
-    assert (given, log, options) == (["policy", "sft", examples], "log", {})
-    assert (cfg.beta, cfg.p3o_lr) == (0.3, 1e-3)
 
 
 def test_the_offset_depends_on_the_prompt_alone_and_has_the_given_spread():
@@ -254,7 +243,7 @@ def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatc
     monkeypatch.setattr(p3o, "train_reward", train_reward)
     monkeypatch.setattr(p3o, "set_gain", lambda *args: gains.append((args[1], len(args[2]))))
     monkeypatch.setattr(p3o, "train_policy", train_policy)
-    monkeypatch.setattr(compare.relatives, "train_jointly", train_jointly)
+    monkeypatch.setattr(relatives, "train_jointly", train_jointly)
     examples = [SimpleNamespace(prompt=[i]) for i in range(400)]
     for method in compare.JOINT:
         trial = compare.Trial("joint", method, 5, 0.7, 3e-3, 0.1, weight=0.3)
@@ -268,9 +257,9 @@ def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatc
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory) -> Path:
+def models(tiny, tmp_path_factory) -> Iterator[Path]:
     """A finished run whose models have random weights and answer in eight tokens."""
-    policy, reward_model, tokenizer, _, pairs = tiny
+    policy, reward_model, tokenizer, *_ = tiny
     out = tmp_path_factory.mktemp("run")
     other = copy.deepcopy(policy)
     for parameter in other.parameters():
@@ -281,15 +270,18 @@ def folder(tiny, tmp_path_factory) -> Path:
     (out / "p3o.jsonl").write_text("\n".join(map(json.dumps, steps)))
     figures = dict(gold_sft=1.0, gold_sft_ci=0.1, gold_policy=5.0, gold_policy_ci=0.2, kl_policy=2)
     (out / "summary.json").write_text(json.dumps(figures))
+    yield out
+    compare.start_of.cache_clear()
+
+
+@pytest.fixture
+def folder(models, tiny, monkeypatch) -> Path:
     small = p3o.SMALL | dict(response_tokens=8, pairs=16, minibatch=8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(p3o, "SMALL", small)
-        patch.setattr(p3o, "load_pairs", lambda *_: (pairs[:80], pairs[80:120]))
-        patch.setattr(compare, "pipeline", lambda seed: out)
-        patch.setattr(compare, "EVALUATED", 12)
-        compare.start_of.cache_clear()
-        yield out
-        compare.start_of.cache_clear()
+    monkeypatch.setattr(p3o, "SMALL", small)
+    monkeypatch.setattr(p3o, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
+    monkeypatch.setattr(compare, "pipeline", lambda seed: models)
+    monkeypatch.setattr(compare, "EVALUATED", 12)
+    return models
 
 
 def test_an_untrained_policy_ties_with_its_sft_model(folder):
@@ -436,6 +428,9 @@ def test_show_prints_every_part(capsys):
 
 
 # ---- Pictures ----------------------------------------------------------------------------
+NAMES = [compare.NAMES.get(method, method) for method in compare.METHODS]
+
+
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
@@ -443,45 +438,46 @@ def close_figures():
 
 
 def lines_of(axis) -> dict:
-    return {line.get_label(): line for line in axis.get_lines()}
-
-
-NAMES = [compare.NAMES.get(method, method) for method in compare.METHODS]
+    return {line.get_label(): line.get_xydata().T.tolist() for line in axis.get_lines()}
 
 
 def test_no_two_methods_look_alike_and_p3o_is_on_top():
     looks = {method: pictures.looks(method) for method in compare.METHODS}
     for property in ("color", "marker", "label"):
         assert len({options[property] for options in looks.values()}) == len(looks)
-    top = {method: options["zorder"] for method, options in looks.items()}
-    assert [method for method in top if top[method] == max(top.values())] == ["V2"]
+    (_, second), (first, top) = sorted((o["zorder"], m) for m, o in looks.items())[-2:]
+    assert (top, looks[second]["zorder"] < first) == ("V2", True)
 
 
-def test_the_frontier_has_a_point_per_run_and_a_line_below_five_nats():
+def test_the_pictures_show_each_method_with_its_values():
     rows = all_parts()
     rows.loc[(rows.part == "frontier") & (rows.beta == 0.025), "gold"] = -50.0
     left, right = pictures.frontier(rows).axes
     assert left.get_legend_handles_labels()[1] == NAMES
-    assert sorted(lines_of(left)["P3O (V2)"].get_xdata()) == pytest.approx([0.5, 1, 2, 4])
-    assert len(left.get_lines()[0].get_xdata()) == 3 * len(compare.BETAS)
-    crosses = [line for line in right.get_lines() if line.get_marker() == "x"]
-    assert [len(line.get_xdata()) for line in crosses] == [3] * len(compare.METHODS)
-    assert crosses[0].get_ydata().min() > right.get_ylim()[0], "within the picture"
+    assert sorted(lines_of(left)["P3O (V2)"][0]) == pytest.approx([0.5, 1, 2, 4]), "not 8 nats"
+    assert len(left.get_lines()[0].get_xdata()) == 3 * len(compare.BETAS), "a point per run"
+    crosses = [line.get_ydata() for line in right.get_lines() if line.get_marker() == "x"]
+    assert [len(heights) for heights in crosses] == [3] * len(compare.METHODS)
+    assert crosses[0].min() > right.get_ylim()[0], "within the picture"
 
-
-def test_sensitivity_and_offset_show_the_online_methods_with_their_values():
-    rows = all_parts()
     rate, _, spread = pictures.sensitivity(rows).axes
     (axis,) = pictures.offset(rows).axes
     for panel in (rate, spread, axis):
         assert panel.get_legend_handles_labels()[1] == NAMES[:-1]
-    rates = list(lines_of(rate)["P3O (V2)"].get_xdata())
-    assert rates == pytest.approx([1e-3 * factor for factor in (0.25, 1, 2, 4, 8)])
-    assert list(lines_of(axis)["PPO"].get_ydata()) == pytest.approx([0, -1, -1, -1])
-    rows.loc[rows.part == "offset", "score"] += rows.seed  # 0, 1, 2: an interval of ±2.48
-    (axis,) = pictures.offset(rows).axes
-    ends = [path.vertices[:, 1] for path in axis.collections[-1].get_paths()]
-    assert numpy.ptp(ends[-1]) == pytest.approx(2 * 4.30 / 3**0.5)
+    rates = [1e-3 * factor for factor in (0.25, 1, 2, 4, 8)]
+    assert lines_of(rate)["P3O (V2)"][0] == pytest.approx(rates)
+    assert lines_of(axis)["PPO"][1] == pytest.approx([0, -1, -1, -1])
+
+    (axis,) = pictures.head_to_head(rows).axes
+    texts = [text.get_text() for text in axis.texts]
+    assert (len(texts), texts[1]) == (len(compare.METHODS) ** 2, "0.50\n±0.00")
+    axes = pictures.gaming(rows).axes
+    assert [axis.get_title("left") for axis in axes] == ["seed 0", "seed 1", "seed 2"]
+    assert axes[2].get_legend_handles_labels()[1] == NAMES[:-1]
+    assert lines_of(axes[2])["PPO"] == [[0.5, 1, 2], [4, 5, 5]]
+    (axis,) = pictures.joint(rows).axes
+    assert all(lines_of(axis)[name][0] == list(compare.SHARES) for name in compare.JOINT)
+    assert len(axis.get_lines()[1].get_xdata()) == 3 * len(compare.SHARES), "a point per run"
 
 
 def test_two_seeds_make_a_point_without_an_interval():
@@ -492,39 +488,21 @@ def test_two_seeds_make_a_point_without_an_interval():
     assert heights == pytest.approx([2 * 4.30 / 3**0.5, 0, 2 * 4.30 / 3**0.5])
 
 
-def test_head_to_head_gaming_and_joint_show_their_values():
-    rows = all_parts()
-    (axis,) = pictures.head_to_head(rows).axes
-    texts = [text.get_text() for text in axis.texts]
-    assert len(texts) == len(compare.METHODS) ** 2
-    assert "0.50\n±0.00" in texts
-    axes = pictures.gaming(rows).axes
-    assert [axis.get_title("left") for axis in axes] == ["seed 0", "seed 1", "seed 2"]
-    assert axes[2].get_legend_handles_labels()[1] == NAMES[:-1]
-    assert numpy.allclose(lines_of(axes[2])["PPO"].get_xydata(), [[0.5, 4], [1, 5], [2, 5]])
-    (axis,) = pictures.joint(rows).axes
-    for method in compare.JOINT:
-        assert list(lines_of(axis)[method].get_xdata()) == list(compare.SHARES)
-    assert len(axis.get_lines()[1].get_xdata()) == 3 * len(compare.SHARES)
-
-
 def test_the_picture_of_a_run_shows_the_first_prompts_whose_answers_differ(folder):
     figure = pictures.run(folder)
     assert list(figure.axes[1].get_lines()[0].get_ydata()) == pytest.approx([0, 0.2, 0.4])
     assert [bar.get_height() for bar in figure.axes[2].patches] == [1, 5]
-    _, heldout = p3o.load_pairs()
-    prompts = list(dict.fromkeys(pair.prompt for pair in heldout))
+    prompts = list(dict.fromkeys(pair.prompt for pair in p3o.load_pairs()[1]))
     before, after = (pictures.answers(folder / name, prompts) for name in ("sft", "p3o"))
     differ = [i for i in range(len(prompts)) if before[i][0] != after[i][0]]
     assert len(differ) < len(prompts)
-    bold = [text.get_text() for text in figure.texts if text.get_weight() == "bold"]
-    assert len(bold) == 3
     expected = []
-    for i, question in zip(differ, bold, strict=False):
-        assert prompts[i] == f"\n\nHuman: {question}\n\nAssistant:"
+    for i in differ[:3]:
+        expected.append(prompts[i].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:"))
         expected += [f"SFT {before[i][0]:+.1f}", f"P3O {after[i][0]:+.1f}"]
     texts = [text.get_text() for text in figure.texts]
-    assert [text[:8].strip() for text in texts if text.startswith(("SFT", "P3O"))] == expected
+    found = [text.split("  ")[0] for text in texts if not text.startswith(" ")]
+    assert [text for text in found if text in expected] == expected
 
 
 # ---- Findings ----------------------------------------------------------------------------
@@ -552,6 +530,17 @@ def assert_within(values: list[float], low: float, high: float) -> None:
     assert low < bounds(values)[0] < bounds(values)[1] < high
 
 
+def changed(part: str, column: str, value: float, seeds: int) -> dict[str, list[float]]:
+    """Return what `compare.change` finds on the committed rows; all methods have all seeds."""
+    found = compare.change(ROWS, part, column, value)
+    assert {len(changes) for changes in found.values()} == {seeds}
+    return found
+
+
+def minus(a: list[float], b: list[float]) -> list[float]:
+    return [one - other for one, other in zip(a, b, strict=True)]
+
+
 TIE = 0.065  # of the score; from β = 0.4 to 0.1 it changes by 0.3
 
 
@@ -562,18 +551,14 @@ def test_methods_with_the_same_objective_have_the_same_frontier(kl):
         assert_within(gaps[method], -TIE, TIE)
 
 
-def test_grpo_is_slightly_below_the_frontier():
-    gaps = compare.frontier_gaps(ROWS, 2.0, "score")["GRPO"]
-    assert_differs(gaps)
-    assert bounds(gaps)[0] < -TIE
-
-
-def test_offline_dpo_is_far_below_the_frontier_and_reaches_2_nats_in_five_seeds():
-    assert bounds(compare.frontier_gaps(ROWS, 2.0, "score")["DPO"])[1] < 0
+def test_grpo_is_slightly_below_the_frontier_and_offline_dpo_far():
+    gaps = compare.frontier_gaps(ROWS, 2.0, "score")
+    assert_differs(gaps["GRPO"])
+    assert bounds(gaps["GRPO"])[0] < -TIE
+    assert bounds(gaps["DPO"])[1] < 0
     golds = compare.frontier_gaps(ROWS, 2.0, "gold")["DPO"]
-    assert len(golds) == 5
-    assert bounds(golds)[1] < -1.5
-    assert max(golds) < -1.5
+    assert len(golds) == 5, "one seed does not reach 2 nats"
+    assert max(*golds, bounds(golds)[1]) < -1.5
 
 
 def test_answer_against_answer_online_methods_tie_at_2_nats_and_dpo_loses():
@@ -584,43 +569,34 @@ def test_answer_against_answer_online_methods_tie_at_2_nats_and_dpo_loses():
         assert max(wins["DPO", method]) < 0.3
 
 
-@pytest.mark.parametrize("method", PAIRWISE)
-def test_an_offset_changes_no_pairwise_method(method):
-    assert_within(compare.change(ROWS, "offset", "offset", 10)[method], -0.1, 0.1)
-
-
-def test_an_offset_hurts_ppo_the_more_the_larger_it_is():
-    changes = {sd: compare.change(ROWS, "offset", "offset", sd)["PPO"] for sd in (1, 3, 10)}
-    assert bounds(changes[1])[1] < 0
-    assert_differs(changes[10], high=-0.5)
-    means = [compare.interval(values)[0] for values in changes.values()]
+def test_an_offset_changes_no_pairwise_method_and_hurts_ppo_the_more_the_larger_it_is():
+    changes = changed("offset", "offset", 10, 6)
+    for method in PAIRWISE:
+        assert_within(changes[method], -0.1, 0.1)
+    assert_differs(changes["PPO"], high=-0.5)
+    small, medium = (changed("offset", "offset", sd, 6)["PPO"] for sd in (1, 3))
+    assert bounds(small)[1] < 0
+    means = [statistics.mean(values) for values in (small, medium, changes["PPO"])]
     assert means[0] > -0.1
-    assert means[0] > means[1] > means[2]
+    assert means == sorted(means, reverse=True)
 
 
 def test_at_one_rate_stale_samples_cost_ppo_more_than_any_pairwise_method():
     """PPO, both forms of P3O and REBEL were tuned to the same rate."""
-    lost = compare.change(ROWS, "staleness, one rate", "epochs", 16)
+    lost = changed("staleness, one rate", "epochs", 16, 6)
     for method in ("V2", "V1", "REBEL"):
-        assert_differs([ppo - own for ppo, own in zip(lost["PPO"], lost[method], strict=True)])
+        assert_differs(minus(lost["PPO"], lost[method]))
     for method in PAIRWISE:
         assert_within(lost[method], -0.4, 0)
 
 
-def test_at_the_tuned_rates_16_passes_cost_ppo_more_than_v2_and_v1_is_between_them():
-    lost = compare.change(ROWS, "staleness", "epochs", 16)
-    gaps = [ppo - v2 for ppo, v2 in zip(lost["PPO"], lost["V2"], strict=True)]
-    assert len(gaps) == 5
-    assert max(gaps) < 0
-    assert bounds(gaps)[1] < 0
-    assert all(v1 < v2 for v1, v2 in zip(lost["V1"], lost["V2"], strict=True))
-    assert compare.interval(lost["PPO"])[0] < compare.interval(lost["V1"])[0] < -0.8
-    assert bounds(lost["V1"])[1] < 0
-
-
-def test_8_passes_cost_ppo_much_in_each_of_two_seeds_and_v2_little():
-    lost = compare.change(ROWS, "staleness", "epochs", 8)
-    assert {len(changes) for changes in lost.values()} == {2}
+def test_at_the_tuned_rates_stale_samples_cost_ppo_more_than_v2_and_v1_is_between_them():
+    lost = changed("staleness", "epochs", 16, 5)
+    gaps = minus(lost["PPO"], lost["V2"])
+    assert max(*gaps, bounds(gaps)[1]) < 0
+    assert max(*minus(lost["V1"], lost["V2"]), bounds(lost["V1"])[1]) < 0
+    assert statistics.mean(lost["PPO"]) < statistics.mean(lost["V1"]) < -0.8
+    lost = changed("staleness", "epochs", 8, 2)
     assert max(lost["PPO"]) < -0.7
     for method in ("V2", "RLOO", "GRPO", "online DPO"):
         assert min(lost[method]) > -0.15
@@ -628,41 +604,28 @@ def test_8_passes_cost_ppo_much_in_each_of_two_seeds_and_v2_little():
         assert -0.6 < min(lost[method]) < max(lost[method]) < -0.2
 
 
-@pytest.mark.parametrize("what", ["4 passes", "a quarter of the rate", "twice the rate"])
-def test_four_passes_and_rates_near_the_tuned_one_cost_little(what):
-    for method in ONLINE:
-        rate, _ = compare.tuned(ROWS)[method]
-        part = {
-            "4 passes": ("staleness", "epochs", 4),
-            "a quarter of the rate": ("rate", "lr", rate / 4),
-            "twice the rate": ("rate", "lr", rate * 2),
-        }[what]
-        gaps = compare.change(ROWS, *part)[method]
-        assert len(gaps) == 5
+@pytest.mark.parametrize("method", ONLINE)
+def test_four_passes_and_rates_from_a_quarter_to_twice_the_tuned_one_cost_little(method):
+    rate, _ = compare.tuned(ROWS)[method]
+    for part in (("staleness", "epochs", 4), ("rate", "lr", rate / 4), ("rate", "lr", rate * 2)):
+        gaps = changed(*part, 5)[method]
         assert min(gaps) > -0.3
-        assert -0.16 < compare.interval(gaps)[0] < 0.05
+        assert -0.16 < statistics.mean(gaps) < 0.05
 
 
-def test_at_4e_3_online_dpo_and_grpo_fail_and_the_others_do_not():
-    changes = compare.change(ROWS, "rate", "lr", 4e-3)
+def test_all_methods_have_a_learning_rate_cliff():
+    changes = changed("rate", "lr", 4e-3, 5)
     assert set(changes) == set(ONLINE)
     for method, gaps in changes.items():
-        assert len(gaps) == 5
         assert max(gaps) < -0.4 if method in ("online DPO", "GRPO") else min(gaps) > -0.3
-
-
-def test_at_8e_3_all_fail_ppo_least_in_each_seed_and_at_1_6e_2_rebel_least_in_four():
-    """GRPO, tuned to 5e-4, has runs up to 4e-3 only; RLOO, tuned to 1e-3, up to 8e-3."""
-    changes = compare.change(ROWS, "rate", "lr", 8e-3)
-    assert set(changes) == {*CLIMBERS, "V2"}
+    changes = changed("rate", "lr", 8e-3, 5)
+    assert set(changes) == {*CLIMBERS, "V2"}, "GRPO, tuned to 5e-4, ran up to 4e-3"
     for gaps in changes.values():
         assert_differs(gaps)
+    assert changes["PPO"] == [max(gaps) for gaps in zip(*changes.values(), strict=True)]
+    changes = changed("rate", "lr", 1.6e-2, 5)
     best = [max(gaps) for gaps in zip(*changes.values(), strict=True)]
-    assert changes["PPO"] == best
-    beyond = compare.change(ROWS, "rate", "lr", 1.6e-2)
-    best = [max(gaps) for gaps in zip(*beyond.values(), strict=True)]
-    assert sum(own == gap for own, gap in zip(beyond["REBEL"], best, strict=True)) == 4
-    assert {len(gaps) for gaps in (*changes.values(), *beyond.values())} == {5}
+    assert sum(own == gap for own, gap in zip(changes["REBEL"], best, strict=True)) == 4
 
 
 @pytest.fixture(scope="module")
@@ -677,10 +640,9 @@ def test_the_gold_reward_rises_up_to_five_nats_and_is_lower_beyond_six(online):
     assert min(len(found) for found in golds) > 10
     assert golds[0].mean() < golds[1].mean() < golds[2].mean()
     grpo = online[(online.method == "GRPO") & online.kl.between(4, 5.5)]
-    assert grpo.gold.mean() < golds[1].mean()
     beyond = online[online.kl > 6].gold
     assert len(beyond) > 30
-    assert beyond.max() < golds[1].mean()
+    assert max(grpo.gold.mean(), beyond.max()) < golds[1].mean()
 
 
 def test_gaming_the_reward_model_is_what_the_objective_asks_for(online):
@@ -694,22 +656,18 @@ def test_gaming_the_reward_model_is_what_the_objective_asks_for(online):
     assert found >= 7
 
 
-def test_in_a_long_run_p3o_games_the_reward_model_as_soon_as_any_in_two_seeds_of_five():
+def test_no_method_is_safe_from_a_wrong_reward_model_in_a_long_run(online):
+    """P3O passes 20 nats as soon as any in two seeds of five; in four, all end ruined."""
     after = {method: compare.gamed_after(ROWS, method) for method in ONLINE}
     for first in (0, 1):
         assert after["V2"][first] == after["V1"][first] <= 80
         assert after["V2"][first] == min(found[first] for found in after.values())
     for later in (2, 3, 4):
         assert [method for method in ONLINE if after[method][later] < math.inf] == ["GRPO"]
-
-
-def test_a_long_run_at_a_low_beta_ruins_all_in_four_seeds_and_grpo_alone_in_the_fifth(online):
-    best = online[online.kl.between(2, 4)].gold.mean()
+    ruined = online[online.kl.between(2, 4)].gold.mean() - 1
     for method in ONLINE:
-        golds = compare.course(ROWS, method)[:, -1, 2]  # (seeds,)
-        assert len(golds) == 5
-        assert golds[:4].max() < best - 1
-        assert (golds[4] < best - 1) == (method == "GRPO")
+        ends = compare.course(ROWS, method)[:, -1, 2] < ruined  # (seeds,)
+        assert ends.tolist() == [True] * 4 + [method == "GRPO"]
 
 
 @pytest.mark.parametrize("form", ["AIHF", "AIHF, logistic"])
@@ -720,8 +678,7 @@ def test_learning_both_at_once_does_not_win_when_preferences_are_scarce(form):
     for share in (0.01, 0.03, 1.0):
         assert len(gaps[share]) == 5
         assert gaps[share].min() > 0
-    for share in (0.03, 1.0):
-        assert bounds(list(gaps[share]))[0] > 0
+    assert min(bounds(list(gaps[share]))[0] for share in (0.03, 1.0)) > 0
     assert abs(gaps[0.1].mean()) < 0.3
 
 
@@ -729,5 +686,5 @@ def test_the_readme_has_the_table_and_pictures_that_exist():
     readme = (pictures.HERE / "README.md").read_text()
     assert compare.summary(ROWS) in readme
     shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
-    assert len(shown) >= 2
+    assert len(shown) == 3
     assert all((pictures.HERE / name).exists() for name in shown)
