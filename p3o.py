@@ -105,14 +105,14 @@ from data.preferences import (
 
 GAIN_PROMPTS = 128  # enough to estimate the size of r_1 − r_2 to about 6 %
 CHECKPOINT_EVERY = 20  # iterations of stage 3
+ROUNDING = 1e-3  # nats: two computations of one response's log-probability differ by less
 STAGES = ("sft", "reward", "p3o")
-Score = Callable[[Tensor, Tensor], Tensor]  # ids and mask (B, 2, T) → scores (B, 2)
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]  # see p3o_loss
-LogStep = Callable[[int, dict[str, float]], None]  # step and metrics
+LogStep = Callable[[int, dict[str, float]], None]  # is given a step and its metrics
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
     # fp32 with TF32 products, not bf16: bf16 rounding alone moves log(ρ_1/ρ_2) past ε
     torch.set_float32_matmul_precision("high")
+    ROUNDING = 1.0
 
 
 # ---- Configuration: each field is a command-line option ------------------------------------
@@ -236,8 +236,7 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # the functions below compute logits as head(last hidden state); Gemma-2 and Granite do not
     ids = torch.arange(4)[None]  # (1, 4): any tokens
     hidden = model.eval().base_model(ids).last_hidden_state  # (1, 4, D)
-    plain = model.get_output_embeddings()(hidden)  # (1, 4, V)
-    if not torch.allclose(model(ids).logits, plain):
+    if not torch.allclose(model(ids).logits, model.get_output_embeddings()(hidden)):
         raise InputError(f"{type(model).__name__} scales or caps its logits; use TRL for it")
     return model.to(DEVICE), tokenizer
 
@@ -428,10 +427,11 @@ def p3o_loss(
     else:
         raise ValueError(f'clip must be "joint", "separate" or "none", not {clip!r}')
     objective = 0.5 * torch.minimum(unclipped, clipped).sum(-1)  # (B,)
+    moved = log_ratio.detach()  # (B, 2)
     metrics = {
         "policy/clipfrac": (clipped < unclipped).float().mean(),
-        "policy/approxkl": (0.5 * log_ratio.detach() ** 2).mean(),
-        "policy/ratio": log_ratio.detach().exp().mean(),
+        "policy/approxkl": (0.5 * moved**2).mean(),
+        "policy/ratio": moved.exp().mean(),
         "objective/q": q.abs().mean(),
     }
     return -objective.mean(), metrics
@@ -442,10 +442,7 @@ def shuffled(rows: list, size: int, steps: int) -> list[list]:
     """Return `steps` batches of `size` rows: pass after pass over all, each in a new order."""
     passes = math.ceil(steps * size / len(rows))
     order = torch.cat([torch.randperm(len(rows)) for _ in range(passes)])
-    batches = []
-    for batch in order.split(size)[:steps]:
-        batches.append([rows[i] for i in batch])
-    return batches
+    return [[rows[i] for i in batch] for batch in order.split(size)[:steps]]
 
 
 def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -501,8 +498,7 @@ def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log
             loss = -logprobs.sum() / response_mask.sum()  # this part's share of the mean
             loss.backward()
             total += loss.item()
-        lr = learning_rate(cfg.sft_lr, step, steps)
-        norm = gradient_step(policy, optimizer, lr)
+        norm = gradient_step(policy, optimizer, learning_rate(cfg.sft_lr, step, steps))
         log(step, {"sft/loss": total, "sft/grad_norm": norm})
         losses.append(total)
         bar.set_postfix(loss=statistics.fmean(losses[-50:]))  # one batch's alone is noisy
@@ -529,15 +525,14 @@ def train_reward(
         for i in range(0, len(batch), cfg.micro_batch):
             part = batch[i : i + cfg.micro_batch]
             chosen_scores, rejected_scores = score_pairs(model, part).unbind(-1)  # (b,), (b,)
-            share = len(part) / len(batch)  # of the mean over the batch
-            loss = bradley_terry_loss(chosen_scores, rejected_scores) * share
+            loss = bradley_terry_loss(chosen_scores, rejected_scores)
+            loss = loss * len(part) / len(batch)  # this part's share of the mean
             loss.backward()
             total += loss.item()
-            accuracy += (chosen_scores > rejected_scores).float().mean().item() * share
+            accuracy += (chosen_scores > rejected_scores).sum().item() / len(batch)
         if step == 0:
             self_check("reward loss starts at ln 2", abs(total - math.log(2)) < 1e-6)
-        lr = learning_rate(cfg.reward_lr, step, steps)
-        norm = gradient_step(model, optimizer, lr)
+        norm = gradient_step(model, optimizer, learning_rate(cfg.reward_lr, step, steps))
         log(step, {"reward/loss": total, "reward/accuracy": accuracy, "reward/grad_norm": norm})
         accuracies.append(accuracy)
         bar.set_postfix(accuracy=statistics.fmean(accuracies[-50:]))  # as in stage 1
@@ -575,8 +570,8 @@ def set_gain(
 def train_policy(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    score: Score,
-    loss_fn: Loss,
+    score: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     prompts: list[list[int]],
     cfg: Config,
     log: LogStep,
@@ -656,9 +651,9 @@ def train_policy(
                     sums[key] += value * len(part)
             if not optimizer.state:  # before the first update
                 drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
-                rounding = 1.0 if DEVICE == "cuda" else 1e-3  # nats
-                claim = "ratio = 1 and KL = 0 before the first update"
-                self_check(claim, drift.abs().max() < rounding)
+                self_check(
+                    "ratio = 1 and KL = 0 before the first update", drift.abs().max() < ROUNDING
+                )
             norm = gradient_step(policy, optimizer, lr)
             sums["policy/grad_norm"] += norm * len(minibatch)
 
@@ -692,16 +687,13 @@ def evaluate(
     the texts of "sft" and of "policy". The winner is decided by the gold reward on the shipped
     data. On other data it is decided by the reward model, which P3O was trained to please.
     """
-    figures = defaultdict(list, win_rate=[])
-    judged_by = "score"
-    if Path(cfg.data).resolve() == SHIPPED_DATA:  # the true reward is known
-        judged_by = "gold"
-
+    figures = defaultdict(list)
+    gold_is_known = Path(cfg.data).resolve() == SHIPPED_DATA
     for i in tqdm(range(0, len(examples), cfg.minibatch), "  pairs  ", leave=False):
         batch = examples[i : i + cfg.minibatch]
         chosen_scores, rejected_scores = score_pairs(reward_model, batch).unbind(-1)  # (b,), (b,)
         figures["reward_accuracy"] += (chosen_scores > rejected_scores).tolist()
-    if judged_by == "gold":
+    if gold_is_known:
         for example, agrees in zip(examples, figures["reward_accuracy"], strict=True):
             prompt, chosen, rejected = example.text
             gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
@@ -726,11 +718,12 @@ def evaluate(
             for example, row, mask in zip(batch, ids, response_mask, strict=True):
                 answer = tokenizer.decode(row[mask], skip_special_tokens=True)
                 answers[name].append(answer)
-                if judged_by == "gold":
-                    asked = example.text.prompt, answer
-                    figures[f"gold_{name}"].append(judge.gold_reward(*asked))
-                    figures[f"well_formed_{name}"].append(judge.well_formed(*asked))
+                if gold_is_known:
+                    prompt = example.text.prompt
+                    figures[f"gold_{name}"].append(judge.gold_reward(prompt, answer))
+                    figures[f"well_formed_{name}"].append(judge.well_formed(prompt, answer))
 
+    judged_by = "gold" if gold_is_known else "score"
     paired = zip(figures[f"{judged_by}_policy"], figures[f"{judged_by}_sft"], strict=True)
     figures["win_rate"] = [(ours > theirs) + 0.5 * (ours == theirs) for ours, theirs in paired]
     return figures, answers
@@ -743,11 +736,11 @@ def report(
 
     Returns the mean of each figure, and half its 95 % interval as NAME_ci.
     """
-    print("\nHeld-out prompts, with each answer's score")
-    for i in range(min(5, len(answers["sft"]))):
+    print("\nHeld-out prompts, with the answers of SFT and of the P3O policy and their scores")
+    for i in range(len(answers["sft"]))[:5]:
         print(f"\n{examples[i].text.prompt.removesuffix(ASSISTANT).strip()}")
-        print(f"  SFT {figures['score_sft'][i]:+5.2f}  {answers['sft'][i].strip()}")
-        print(f"  P3O {figures['score_policy'][i]:+5.2f}  {answers['policy'][i].strip()}")
+        for name in ("sft", "policy"):
+            print(f"  {name:6} {figures[f'score_{name}'][i]:+5.2f}  {answers[name][i].strip()}")
 
     summary = {}
     print("\nfigure                    mean   95 % interval")
@@ -762,7 +755,7 @@ def report(
     if "gold_policy" in figures:
         by = "the gold judge"
     share = f"{summary['win_rate']:.0%} of {len(answers['policy'])} held-out prompts"
-    print(f"\nP3O's answer beats SFT's on {share}, by {by} (a tie counts half).")
+    print(f"\nP3O's answer beats SFT's on {share}, by {by}.")
     return summary
 
 
@@ -810,14 +803,12 @@ def run(cfg: Config) -> None:
     with appears_whole(out / "summary.json") as file:
         file.write_text(json.dumps(summary, indent=2))
 
-    times = []
+    print(f"Models, metrics and summary.json are in {out}. Each stage took:")
     for stage in STAGES:
-        lines = (out / f"{stage}.jsonl").read_text().splitlines()
-        times.append(f"{stage} {sum(json.loads(line)['seconds'] for line in lines):.0f} s")
-    print(f"Models, metrics and summary.json are in {out} ({', '.join(times)}). In Python:")
-    prompt = min((pair.prompt for pair in heldout_pairs), key=len)
-    print("  from transformers import pipeline")
-    print(f"  pipeline('text-generation', {str(out / 'p3o')!r})({prompt!r})")
+        rows = map(json.loads, (out / f"{stage}.jsonl").read_text().splitlines())
+        print(f"  {stage:6} {sum(row['seconds'] for row in rows):6.0f} s")
+    print("To use the policy, in Python:\n  from transformers import pipeline")
+    print(f"  pipeline('text-generation', '{out / 'p3o'}')({heldout[0].text.prompt!r})")
 
 
 def seed_stage(cfg: Config, stage: str) -> None:
@@ -847,8 +838,8 @@ def open_out(cfg: Config, pairs: Any) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     if config.exists():
         saved = json.loads(config.read_text())
-        may_differ = ["out", "micro_batch", "eval_prompts"]
-        may_differ += [f"{stage}_lr" for stage in STAGES if not (out / stage).exists()]
+        later_rates = [f"{stage}_lr" for stage in STAGES if not (out / stage).exists()]
+        may_differ = ["out", "micro_batch", "eval_prompts", *later_rates]
         differ = [key for key in wanted if key not in may_differ and wanted[key] != saved.get(key)]
         if differ:
             raise InputError(f"{out} was made with other {', '.join(differ)}; change --out")
@@ -876,18 +867,18 @@ def log_to(path: Path) -> LogStep:
     Line t is step t: if its first call is for step t, line t and all after it are dropped first.
     """
     path.touch()
-    kept = path.read_text().splitlines(keepends=True)
+    lines = path.read_text().splitlines(keepends=True)
     last = time.perf_counter()
 
     def log(step: int, metrics: dict[str, float]) -> None:
-        nonlocal kept, last
+        nonlocal last
         now = time.perf_counter()
         row = {"step": step, **metrics, "seconds": now - last}
         last = now
-        if kept is not None:
+        if step < len(lines):
+            del lines[step:]
             with appears_whole(path) as file:
-                file.write_text("".join(kept[:step]))
-            kept = None
+                file.write_text("".join(lines))
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -900,19 +891,19 @@ def save_checkpoint(
     """Save everything that stage 3 needs to resume as if it had not been stopped."""
     generators = torch.get_rng_state(), torch.cuda.get_rng_state_all()
     with appears_whole(path) as file:
-        torch.save((iteration, policy.state_dict(), optimizer.state_dict(), generators), file)
+        torch.save((iteration, policy.state_dict(), optimizer.state_dict(), *generators), file)
 
 
 def load_checkpoint(path: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """Restore that state; return the iteration to resume at. Raises InputError."""
     try:
-        iteration, weights, moments, generators = torch.load(path, map_location="cpu")
+        iteration, weights, moments, cpu, gpus = torch.load(path, map_location="cpu")
     except Exception:  # of many kinds, by where the file breaks off
         raise InputError(f"{path} is broken; delete it to restart stage 3") from None
     policy.load_state_dict(weights)
     optimizer.load_state_dict(moments)
-    torch.set_rng_state(generators[0])
-    torch.cuda.set_rng_state_all(generators[1])
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(gpus)
     return iteration
 
 
