@@ -26,7 +26,6 @@ import p3o
 from data import judge
 
 HERE = Path(__file__).resolve().parent
-README_PICTURES = compare.ROOT / ".github"
 SHOWN = 3  # prompts in the picture of a run
 P3O_BLUE = "#0072B2"
 GREY = "#777777"
@@ -275,13 +274,15 @@ def run(folder: Path) -> Figure:
     gold.set_xticks([0, 1], ["SFT", "P3O"])
     gold.set_title("gold reward, nats", **TITLE)
     before, after, kl = (summary[key] for key in ("gold_sft", "gold_policy", "kl_policy"))
-    title = f"The gold reward rises from {before:.1f} to {after:.1f} nats at a KL of {kl:.1f} nats"
+    verb = "raises" if after > before else "lowers"
+    title = f"P3O {verb} the gold reward from {before:.1f} to {after:.1f} nats, at a KL of {kl:.1f}"
     figure.suptitle(title, x=0.015, y=0.985, ha="left", fontsize=10)
 
     _, heldout = p3o.load_pairs(str(p3o.SHIPPED_DATA))
     prompts = list(dict.fromkeys(pair.prompt for pair in heldout))[:50]
-    said = zip(answers(folder / "sft", prompts), answers(folder / "p3o", prompts), strict=True)
-    differ = [case for case in zip(prompts, said, strict=True) if case[1][0][0] != case[1][1][0]]
+    pairs = zip(answers(folder / "sft", prompts), answers(folder / "p3o", prompts), strict=True)
+    cases = zip(prompts, pairs, strict=True)
+    differ = [(prompt, pair) for prompt, pair in cases if pair[0][0] != pair[1][0]]
     y = 0.585
     title = "The first three held-out prompts whose two answers differ in gold reward:"
     figure.text(0.015, y, title, style="italic")
@@ -289,12 +290,10 @@ def run(folder: Path) -> Figure:
         y -= 0.05
         question = prompt.removeprefix("\n\nHuman:").removesuffix("\n\nAssistant:").strip()
         figure.text(0.015, y, question, weight="bold")
-        for (reward, text), name, color in zip(
-            pair, ("SFT", "P3O"), ("#555555", P3O_BLUE), strict=True
-        ):
-            for part in textwrap.wrap(
-                f"{name} {reward:+.1f}  {text}", 72, subsequent_indent="    "
-            ):
+        speakers = (("SFT", "#555555"), ("P3O", P3O_BLUE))
+        for (reward, text), (name, color) in zip(pair, speakers, strict=True):
+            said = f"{name} {reward:+.1f}  {text}"
+            for part in textwrap.wrap(said, 72, subsequent_indent="    "):
                 y -= 0.0345
                 figure.text(0.015, y, part, color=color)
     return figure
@@ -307,10 +306,10 @@ def main() -> None:
     args = parser.parse_args()
     with matplotlib.rc_context(STYLE):
         if args.run:
-            drawn = {README_PICTURES / "run.svg": run(args.run)}
+            drawn = {compare.ROOT / ".github" / "run.svg": run(args.run)}
         else:
             rows = compare.read_rows()
-            drawn = {README_PICTURES / "offset.svg": offset(rows)}
+            drawn = {compare.ROOT / ".github" / "offset.svg": offset(rows)}
             drawn |= {HERE / f"{draw.__name__}.svg": draw(rows) for draw in (frontier, sensitivity)}
         for path, figure in drawn.items():
             figure.savefig(path, metadata={"Date": None})

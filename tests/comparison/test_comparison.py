@@ -197,6 +197,7 @@ def test_each_method_trains_with_its_own_loop_loss_clip_and_offset(method, monke
         assert (loop, given) == ("train_dpo", ["policy", "sft", examples, cfg, "log"])
         return
     policy, sft, score, *rest = given
+    assert (policy, sft) == ("policy", "sft")
     ids, inside = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, True, True]])
     assert torch.equal(score(ids, inside), compare.offset_of(ids, inside, 3.0))
     if method == "PPO":
@@ -206,7 +207,7 @@ def test_each_method_trains_with_its_own_loop_loss_clip_and_offset(method, monke
         assert torch.equal(critic.weight, reward_model.weight)
         return
     loss, *rest = rest
-    assert (loop, policy, sft, rest) == ("train_policy", "policy", "sft", [[[7]], cfg, "log"])
+    assert (loop, rest) == ("train_policy", [[[7]], cfg, "log"])
     if method == "REBEL":
         assert loss.keywords == {"eta": 0.7}
         loss = loss.func

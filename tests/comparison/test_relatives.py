@@ -219,10 +219,10 @@ def sgd(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=1.0)
 
 
-def assert_same_parameters(*pairs, atol: float = 1e-5) -> None:
+def assert_same_parameters(*pairs) -> None:
     for trained, expected in pairs:
         for a, b in zip(trained.parameters(), expected.parameters(), strict=True):
-            assert torch.allclose(a, b, atol=atol)
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_ppos_updates_are_those_of_its_equations(monkeypatch):
@@ -332,7 +332,7 @@ def test_aihf_ignores_an_offset(exact, monkeypatch):
     """Adding δ(x) of size 3 to every score in the loop changes neither reward model nor policy."""
     monkeypatch.setattr(p3o, "make_optimizer", sgd)
     demos = [p3o.Example(prompt, [0, 3], [1, 3], None) for prompt in TOY_PROMPTS] * 8
-    cfg = toy_config(iterations=3, p3o_lr=0.5, reward_lr=0.5, beta=0.3)
+    cfg = toy_config(iterations=3, p3o_lr=0.1, reward_lr=0.1, beta=0.3)
     trained = []
     scores = p3o.reward_scores
 
@@ -348,7 +348,7 @@ def test_aihf_ignores_an_offset(exact, monkeypatch):
         relatives.train_jointly(*models, demos, demos, cfg, nothing, 1.0, exact)
         assert not same_weights(policy, reference)
         trained.append((policy, reward_model))
-    assert_same_parameters(*zip(*trained, strict=True), atol=1e-4)
+    assert_same_parameters(*zip(*trained, strict=True))
 
 
 def test_aihfs_updates_are_those_of_its_equations(monkeypatch):
