@@ -130,27 +130,29 @@ def test_a_stopped_comparison_resumes_with_the_missing_trials(tmp_path, monkeypa
     monkeypatch.setattr(compare, "ROWS", tmp_path / "rows.csv")
     monkeypatch.setattr(compare, "ProcessPoolExecutor", Here)
     monkeypatch.setenv("TQDM_DISABLE", "1")
+    parts = ("offset", "rate", "tuning")
     models, ran = set(), []
     monkeypatch.setattr(compare, "pipeline", models.add)
     monkeypatch.setattr(compare, "made", models.__contains__)
 
     def run(trial):
-        if len(ran) == 170:
+        if len(ran) == 190:
             raise KeyboardInterrupt
         ran.append(trial)
         return row(**trial._asdict())
 
     monkeypatch.setattr(compare, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        compare.run_all(("rate", "tuning"), (0, 1))
+        compare.run_all(parts, (0, 1))
     assert {trial.part for trial in ran[:160]} == {"tuning"}, "the other parts depend on it"
+    assert {trial.part for trial in ran[160:]} == {"rate", "offset"}
     assert {trial.seed for trial in ran[160:]} == {0}, "one seed after the other"
     written = len(compare.read_rows())
     assert written >= 160
-    total = 160 + 2 * len(ONLINE) * len(compare.RATES)
+    total = 160 + 2 * (len(ONLINE) * len(compare.RATES) + len(PAIRWISE) + len(compare.OFFSETS))
     for expected in (total - written, 0):
         ran.clear()
-        compare.run_all(("rate", "tuning"), (0, 1))
+        compare.run_all(parts, (0, 1))
         assert len(ran) == expected
         assert len(compare.keys_of(compare.read_rows())) == len(compare.read_rows()) == total
     assert models == {0, 1, *compare.TUNING_SEEDS}
