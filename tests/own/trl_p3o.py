@@ -29,7 +29,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import p3o
-from data.preferences import InputError, load_pairs, try_hub
+from data.preferences import InputError, load_pairs, tokenize, tokenize_prompt, try_hub
 
 
 def parse_run(run: Path, options: list[str]) -> p3o.Config:
@@ -65,7 +65,7 @@ def trl_config(cfg: p3o.Config, **changes: Any) -> RLOOConfig:
         save_steps=p3o.CHECKPOINT_EVERY * updates,  # between two samplings, to resume exactly
         max_completion_length=cfg.response_tokens,
         beta=cfg.beta,
-        learning_rate=cfg.lr,
+        learning_rate=cfg.p3o_lr,
         adam_beta2=0.95,
         weight_decay=0.0,
         normalize_advantages=False,
@@ -97,7 +97,7 @@ class P3OTrainer(RLOOTrainer):
         self.judge = AutoModelForSequenceClassification.from_pretrained(run / "reward")
         self.judge.to(config.device)
         pairs, _ = load_pairs(cfg.data, self.encoder)
-        examples = p3o.tokenize(pairs, self.encoder, cfg)
+        examples = tokenize(pairs, self.encoder, cfg.prompt_tokens, cfg.response_tokens)
         prompts = Dataset.from_list([{"prompt": example.text.prompt} for example in examples])
         super().__init__(
             str(run / "sft"), self.score, config, prompts, processing_class=self.encoder, **options
@@ -113,7 +113,7 @@ class P3OTrainer(RLOOTrainer):
                 model.register_forward_pre_hook(count_positions, with_kwargs=True)
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
-        return [p3o.tokenize_prompt(text, self.encoder, self.cfg.prompt_tokens) for text in prompts]
+        return [tokenize_prompt(text, self.encoder, self.cfg.prompt_tokens) for text in prompts]
 
     @torch.no_grad()
     def score(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
