@@ -7,9 +7,9 @@
     python p3o.py --small   # a tiny GPT-2 on the data in data/: a minute on a laptop, offline
     python p3o.py           # GPT-2 (124M) on Anthropic HH, on one GPU
 
-Read it from top to bottom. x is a prompt, y a whole response with its end-of-sequence token
-(EOS). π(y|x) is the probability that a language model, the policy, gives to y. r(x, y) is a
-reward: how good y is. Of a preference pair, y_w was preferred to y_l. Four functions do it all:
+Read it from top to bottom. x is a prompt. y is a whole response: it ends with an end-of-sequence
+token (EOS) unless it was truncated. π(y|x) is the probability that a language model, the policy,
+gives to y. r(x, y) is a reward: how good y is. Of a preference pair, y_w was preferred to y_l.
 
     1  SFT      supervised fine-tuning: maximise log π(y_w|x) = Σ_t log π(y_w^t | x, y_w^<t)
                                                                                 train_sft
@@ -23,29 +23,31 @@ The reward model and the policy both start from the SFT model. A frozen copy of 
 Dropout is off in every stage.
 
 Why pairs? Preferences determine r only up to an offset δ(x): r and r + δ(x) give each
-preference the same probability. PPO weighs each response by its own reward, so its updates
-depend on δ(x), as far as its value network has not learned δ(x). P3O's updates do not depend on
-it at all, because they use r only as r_1 − r_2, for two responses to the same prompt.
+preference the same probability. PPO, the usual algorithm of RLHF, weighs each response by its
+own reward, so its updates depend on δ(x), as far as its value network has not learned δ(x).
+P3O's updates do not depend on it at all, because they use r only as r_1 − r_2, for two responses
+to the same prompt.
 
-From J to the loss. Let y_1 and y_2 be drawn independently from π(·|x), and
+From J to the loss. Let y_1 and y_2 be drawn independently from π(·|x), r_i = r(x, y_i), and
 
     (1)  h_i = log π(y_i|x) − log π_ref(y_i|x)        ρ_i = π(y_i|x) / π_old(y_i|x)
     (2)  q = sg[ r_1 − r_2 − β (h_1 − h_2) ]          sg: stop-gradient
 
-KL(π‖π_ref) = E_π h, so J = E[ r − β h ], over prompts x and responses y ∼ π. REINFORCE gives
-its gradient as E[ (r_1 − β h_1) ∇ log π(y_1|x) ] − β E[ ∇h_1 ]. As E_π ∇ log π = 0, the second
-term is zero, and any baseline that does not depend on y_1 may be subtracted in the first. The
-partner's r_2 − β h_2 is such a baseline, which leaves E[ q ∇ log π(y_1|x) ]. With the roles of
-y_1 and y_2 swapped, the same gradient is E[ −q ∇ log π(y_2|x) ]. The mean of the two, hence the
-½, is E ½ q ∇ log( π(y_1|x) / π(y_2|x) ). But our pairs were sampled some updates ago, by an
-older policy π_old. An importance weight ρ_i for each response corrects for that:
+KL(π‖π_ref) = E_π h, so J = E[ r − β h ], over prompts x and responses y ∼ π. For any f(y),
+∇ E_π f = E_π[ f ∇ log π + ∇f ]. Hence ∇J = E[ (r_1 − β h_1) ∇ log π(y_1|x) ] − β E[ ∇h_1 ].
+As ∇h = ∇ log π and E_π ∇ log π = 0, the second term is zero. For the same reason, a baseline
+that does not depend on y_1 may be subtracted in the first term. The partner's r_2 − β h_2 is
+one, which leaves E[ q ∇ log π(y_1|x) ]. With the roles of y_1 and y_2 swapped, the same gradient
+is E[ −q ∇ log π(y_2|x) ]. The mean of the two, hence the ½, is E ½ q ∇ log(π(y_1|x)/π(y_2|x)).
+But our pairs were sampled some updates ago, by an older policy π_old. An importance weight ρ_i
+for each response corrects for that:
 
     (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )         E over x and y_1, y_2 ∼ π_old
 
 The loss is −L, and L has two forms. Both have gradient (3) as long as nothing is clipped. The
 paper calls them V1 and V2, and finds V2 steadier, so V2 is the default. As in PPO, ε = 0.2
-limits how far an update may go. Ratios that are only weights are clipped to [1/c, c], c = 10,
-and written ρ̄, so that no pair dominates an update or drops out of it.
+limits how far an update may go. Ratios that only weigh, w and ρ̄ = clip(ρ, 1/c, c), are
+clipped by c = 10, so that no pair dominates an update or drops out of it.
 
     (4)  V2, clip="joint", moves u = log(ρ_1/ρ_2). As π_old is fixed, ∇u = ∇ log(π(y_1)/π(y_2)):
          L = E ½ min( q w u,  q w clip(u, −ε, ε) )             w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
@@ -54,16 +56,17 @@ and written ρ̄, so that no pair dominates an update or drops out of it.
                  + min( −q sg[ρ̄_1] ρ_2,  −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) }
 
 Once u (in V1, a ratio) has moved by ε in the direction in which q pushes, min() picks the
-clipped term, which is constant, so the gradient is zero. A move back is never stopped. At the
+clipped term, which is constant, so the gradient is zero. It never stops a move back. At the
 optimum, π ∝ π_ref exp(r/β), every q is 0.
 
 Three sizes in stage 3: each iteration samples --pairs pairs, each update takes --minibatch of
 them, and --micro-batch of those pass through the model at a time. The last one saves memory and
 changes no update.
 
-Left out: a value network and GAE (a response is one action, its partner the baseline), clipping
-scores or dividing them by their spread (δ(x) would matter again), a KL loss (q holds the KL),
-several GPUs and LoRA (tests/own/trl_p3o.py hands over to TRL).
+Left out: PPO's value network and its advantages per token (the partner is the baseline of the
+whole response), clipping scores or dividing them by their spread (δ(x) would matter again), a
+KL loss (q holds the KL), several GPUs and LoRA (tests/own/trl_p3o.py hands over to the library
+TRL).
 """
 
 import contextlib
@@ -110,16 +113,17 @@ from data.preferences import (
     try_hub,
 )
 
-GAIN_PROMPTS = 128  # estimates the size of r_1 − r_2 to about 1/√(2·128) = 6 %
+GAIN_PROMPTS = 128  # pairs; their r_1 − r_2 give its size to about 6 % (standard error)
 CHECKPOINT_EVERY = 20  # iterations of stage 3
 ROUNDING = 1e-3  # nats by which two computations of the same log π(y|x) may differ
 STAGES = ("sft", "reward", "p3o")
 LogStep = Callable[[int, dict[str, float]], None]  # is given a step and its metrics
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
-    # fp32 with TF32 products: they round log π(y|x) by some 0.03 nats, bf16 by more than ε
+    # fp32 with TF32 products, which round log π(y|x) by some 0.03 nats. In bf16 it would be some
+    # 0.3, and log(ρ_1/ρ_2) would pass ε by rounding alone
     torch.set_float32_matmul_precision("high")
-    ROUNDING = 1.0  # with ample room, for the worst of many long responses
+    ROUNDING = 1.0  # a coarse check, but dropout, for one, moves it by several nats
 
 
 # ---- Configuration: each field is a command-line option ------------------------------------
@@ -156,7 +160,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            # the fewest: 2 to compute an interval, else 1 for a count and 0 for a number
+            # two answers to compute an interval from, else 1 for a count and 0 for a number
             least = {"seed": 0, "eval_prompts": 2}.get(f.name, int(f.type is int))
             if f.type in (int, float) and not least <= value < math.inf:  # NaN fails, too
                 raise InputError(f"--{f.name} must be a number of at least {least}, not {value}")
@@ -195,7 +199,7 @@ def collate(
     masks = []
     for prompt, response in zip(prompts, responses, strict=True):
         rows.append(torch.tensor(prompt + response))
-        # NOTE never computed as ids != pad: if pad = EOS, that would hide the EOS action
+        # NOTE never computed as ids != pad: if pad = EOS, that would leave out EOS
         masks.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
     ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
     response_mask = pad_sequence(masks, batch_first=True)  # (N, T), False on padding
@@ -291,11 +295,13 @@ def sample(
         logits = model.get_output_embeddings()(out.last_hidden_state[:, -1])  # (N, V)
         # NOTE temperature 1, all tokens: with top-k, samples would not follow the scored policy
         probs = logits.float().softmax(-1)  # (N, V)
-        # inverse of the cumulative distribution; on a CPU ten times as fast as multinomial
+        # inverse of the cumulative distribution: on a CPU ten times as fast as multinomial, and
+        # in float64, so that summing up loses no small probability
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
         point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
         drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
-        input_ids = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
+        # rounding could point past the vocabulary, as NaN does (`gradient_step` reports that)
+        input_ids = drawn.clamp(max=cdf.shape[1] - 1)
         for row, token in zip(unfinished.tolist(), input_ids.flatten().tolist(), strict=True):
             responses[row].append(token)
         # finished rows leave the batch, so that no more passes are spent on them
@@ -320,8 +326,9 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
 
     - `model.base_model` is called with ids of shape (N, T) and nothing else. Columns after the
       last response token may be cut off.
-    - Hidden states that predict no response token are not used, whatever they hold (NaN, too).
-      The others pass through `model.get_output_embeddings()`, and only they.
+    - Only hidden states that predict a response token are used, and only they pass through
+      `model.get_output_embeddings()`. The others may hold anything, even NaN (NaN · 0 is NaN, so
+      select, do not multiply).
     - The softmax is in fp32, whatever the model's dtype.
     """
     is_target = response_mask[..., 1:]  # (…, T−1): column t: is token t+1 a response token?
@@ -345,7 +352,7 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
 
     - The score is `model.score` of the hidden state at that token, EOS if the response has one.
       `model.base_model` is called as in `response_logprobs`.
-    - Other hidden states are not used, whatever they hold (NaN, too).
+    - Other hidden states are not used. They may hold anything, even NaN.
     """
     last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)  # (N,): the last True
     end = last.max() + 1
@@ -403,8 +410,8 @@ def p3o_loss(
     - clip="joint" is P3O (V2), "separate" is P3O (V1). "none" is L = E ½ q sg[ρ_1 ρ_2] u, whose
       gradient is ∇J exactly, also off-policy. Others raise ValueError.
     - Only `logprobs` gets a gradient.
-    - In V1 a ρ above e^20, far beyond a healthy run, counts as e^20 and gets no gradient: fp32
-      overflows at e^89.
+    - In V1 a ρ above e^20, far beyond a healthy run, counts as e^20 and gets no gradient. Its
+      gradient contains ρ itself, which overflows in fp32 at e^89.
     - Metrics, detached: policy/clipfrac, the share of pairs (V1: of responses) whose gradient
       the clip stops; the means of ½ (log ρ)², ρ and |q|: policy/approxkl, policy/ratio and
       objective/q.
@@ -492,7 +499,7 @@ def self_check(claim: str, holds: bool) -> None:
 
 # ---- Stage 1: supervised fine-tuning -------------------------------------------------------
 def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log: LogStep) -> None:
-    """Maximise the likelihood of the chosen responses, as a mean over their tokens."""
+    """Maximise the likelihood of the chosen responses; the loss is a mean over their tokens."""
     policy.eval()  # NOTE no dropout in any stage: with it, ratios would not even start at 1
     steps = math.ceil(cfg.epochs * len(examples) / cfg.batch)
     batches = shuffled(examples, cfg.batch, steps)
@@ -604,10 +611,10 @@ def train_policy(
     - `loss_fn` gets cfg's beta, clip and clip_range as keywords.
     - No dropout and no weight decay. Before the first update, `self_check` confirms ratio = 1
       and KL = 0, up to rounding: at most 1e-3 nats on a CPU.
-    - log(t, metrics) is called once an iteration. Means over the pairs of all updates:
-      loss_fn's metrics, loss/policy, policy/grad_norm. Means over the sampled responses:
-      objective/scores, objective/kl (log π_old − log π_ref), objective/entropy (−log π_old),
-      response/length in tokens, response/finished (has its EOS).
+    - log(t, metrics) is called once an iteration. loss_fn's metrics, loss/policy and
+      policy/grad_norm are means over all updates, each weighted by its number of pairs. Means
+      over the sampled responses: objective/scores, objective/kl (log π_old − log π_ref),
+      objective/entropy (−log π_old), response/length in tokens, response/finished (has its EOS).
     - If `checkpoint` exists, training resumes from it. It is saved every CHECKPOINT_EVERY
       iterations.
     """
@@ -725,7 +732,7 @@ def evaluate(
             logprobs = sequence_logprobs(model, ids, response_mask)  # (b, 1)
             measured = {
                 "score": reward_scores(reward_model, ids, response_mask),
-                "kl": logprobs - sequence_logprobs(sft, ids, response_mask),
+                "kl": logprobs - sequence_logprobs(sft, ids, response_mask),  # 0 for sft itself
                 "finished": finished(model, ids, response_mask),
             }  # (b, 1) each
             for key, values in measured.items():
@@ -796,6 +803,7 @@ def run(cfg: Config) -> None:
         seed_stage(cfg, "reward")
         reward_model = load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
         train_reward(reward_model, examples, cfg, log_to(out / "reward.jsonl"))
+        # the first prompts will do: `load_pairs` shuffles data from the hub
         gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
         save(out / "reward", reward_model, tokenizer)
         print(f"  scores × {gain:.3f}: r_1 − r_2 has root mean square 1 on pairs from SFT")
@@ -880,7 +888,8 @@ def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreT
 def log_to(path: Path) -> LogStep:
     """Return a function that appends a step's metrics and its seconds to a file, a JSON line each.
 
-    Line t is step t: if its first call is for step t, line t and all after it are dropped first.
+    Line t is step t. A stage that resumes repeats the steps since its last checkpoint, so their
+    old lines are dropped first.
     """
     path.touch()
     lines = path.read_text().splitlines(keepends=True)
