@@ -5,57 +5,74 @@
 """RLHF with Pairwise Proximal Policy Optimization (P3O, arXiv 2310.00212), in one file.
 
     python p3o.py --small   # a tiny GPT-2 on the data in data/: a minute on a laptop, offline
-    python p3o.py           # GPT-2 (124M) on Anthropic HH, one GPU
+    python p3o.py           # GPT-2 (124M) on Anthropic HH, on one GPU
 
-Read it from top to bottom. x is a prompt, y a whole response; each stage is a function below,
-its loop in plain sight:
+Read it from top to bottom. x is a prompt, y a whole response with its end-of-sequence token
+(EOS). Of a preference pair, y_w was preferred to y_l. Each stage is one function:
 
-    1  SFT      maximise log π(y|x) = Σ_t log π(y^t | x, y^<t), y preferred       train_sft
-    2  reward   minimise −E log σ(r(x, y_w) − r(x, y_l)), Bradley-Terry           train_reward
-       gain     scale r once: r_1 − r_2 gets size 1, and so β a unit              set_gain
-    3  P3O      maximise E r − β KL(π‖π_ref), from two responses to each prompt   train_policy
+    1  SFT      maximise log π(y_w|x) = Σ_t log π(y_w^t | x, y_w^<t)            train_sft
+    2  reward   minimise −E log σ( r(x, y_w) − r(x, y_l) )                      train_reward
+       gain     rescale r once so that r_1 − r_2 has size 1 and β has a unit    set_gain
+    3  P3O      maximise E r(x, y) − β KL(π‖π_ref)                              train_policy
 
-Stage 3 is why this file exists. Bradley-Terry fixes r only up to an offset δ(x): r and
-r + δ(x) give each preference the same probability. PPO's update changes with δ(x), sample by
-sample. P3O's cannot: it sees r only as r_1 − r_2.
+The reward model and the policy both start from the SFT model. A frozen copy of it is π_ref.
+Dropout is off in every stage.
+
+Why pairs? Preferences determine r only up to an offset δ(x): r and r + δ(x) give each
+preference the same probability. Each sample's PPO update depends on δ(x). P3O's update does
+not, because it uses r only as r_1 − r_2.
+
+From the objective of stage 3 to its loss, with y_1 and y_2 drawn independently from π(·|x):
 
     (1)  h_i = log π(y_i|x) − log π_ref(y_i|x)        ρ_i = π(y_i|x) / π_old(y_i|x)
     (2)  q = sg[ r_1 − r_2 − β (h_1 − h_2) ]          sg: stop-gradient
-    (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )
 
-(3) is the policy gradient, each response the baseline of the other; at the optimum q = 0. It
-asks for pairs from π, but ours were sampled some updates ago, from π_old: hence the importance
-weight ρ_1 ρ_2. Two objectives have this gradient. Each is clipped at ε, as in PPO, and where a
-ratio only weighs, it is bounded by c: ρ̄ = clip(ρ, 1/c, c).
+The objective is E[ r − β h ], over prompts x and responses y ∼ π. REINFORCE gives its gradient
+as E[ sg[r_1 − β h_1] ∇ log π(y_1|x) ]. Two terms drop out of it because E_π ∇ log π = 0: the
+gradient of h itself, and any baseline that does not depend on y_1. The partner's r_2 − β h_2 is
+such a baseline, and subtracting it leaves E[ q ∇ log π(y_1|x) ]. With the roles of y_1 and y_2
+swapped, the same gradient is E[ −q ∇ log π(y_2|x) ]. Their mean, hence the ½, is
+E ½ q ∇ log( π(y_1|x) / π(y_2|x) ). But our pairs were sampled some updates ago, by an older
+policy π_old. One importance weight ρ_i for each response corrects for that:
 
-    (4)  V2, clip="joint", moves u = log(ρ_1/ρ_2); ∇u = ∇ log(π_1/π_2), since π_old is fixed:
-         J = ½ min( q w u, q w clip(u, −ε, ε) )       w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
-    (5)  V1, clip="separate", moves one ratio and holds its partner; ∇ρ_1 = ρ_1 ∇ log π_1:
-         J = ½ { min(  q sg[ρ̄_2] ρ_1,  q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
-               + min( −q sg[ρ̄_1] ρ_2, −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) }
+    (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )          E over x and y_1, y_2 ∼ π_old
 
-Three sizes of stage 3: an iteration samples --pairs pairs; an update takes --minibatch of
-them; --micro-batch of those pass through the model at a time, which saves memory and changes
-no update.
+Two objectives have this gradient, up to their clips. The paper calls them V1 and V2.
+
+    (4)  V2, clip="joint", moves u = log(ρ_1/ρ_2). As π_old is fixed, ∇u = ∇ log(π(y_1)/π(y_2)):
+         J = E ½ min( q w u,  q w clip(u, −ε, ε) )             w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
+    (5)  V1, clip="separate", moves one ratio at a time, and ∇ρ_1 = ρ_1 ∇ log π(y_1|x):
+         J = E ½ { min(  q sg[ρ̄_2] ρ_1,   q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
+                 + min( −q sg[ρ̄_1] ρ_2,  −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) }
+
+The clip at ε is PPO's: once u (or a ratio) has moved by ε in the direction in which q pushes,
+min() picks the constant and the gradient is zero. It never stops a move back. Ratios used only
+as weights are clipped to [1/c, c], written ρ̄, which bounds the variance. Nothing pushes at
+q = 0, and q = 0 for all pairs means π ∝ π_ref exp(r/β), the known optimum.
+
+Three sizes in stage 3: each iteration samples --pairs pairs, each update takes --minibatch of
+them, and --micro-batch of those pass through the model at a time. The last one saves memory and
+changes no update.
 
 Left out: a value network and GAE (a response is one action, its partner the baseline),
-whitening and clipping scores (absolute scores would bring δ(x) back), a KL loss (q holds it),
-several GPUs and LoRA (see TRL).
+whitening and clipping of scores (they would bring δ(x) back), a KL loss (q holds the KL),
+several GPUs and LoRA (tests/own/trl_p3o.py hands over to TRL).
 """
 
 import contextlib
 import json
 import math
 import shutil
+import statistics
 import sys
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -69,55 +86,70 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from data import judge
-from data.preferences import HUMAN, InputError, Pair, load_pairs, try_hub
+from data.preferences import (
+    ASSISTANT,
+    SHIPPED_DATA,
+    Example,
+    InputError,
+    load_pairs,
+    tokenize,
+    try_hub,
+)
 
-SHIPPED_DATA = Path(judge.__file__).resolve().parent
-GAIN_PROMPTS = 128  # the size of r_1 − r_2 from so many pairs is right to about 6 %
+GAIN_PROMPTS = 128  # enough to estimate the size of r_1 − r_2 to about 6 %
 CHECKPOINT_EVERY = 20  # iterations of stage 3
-STAGES = {"sft": "sft_lr", "reward": "reward_lr", "p3o": "lr"}  # and their learning rates
+ROUNDING = 1e-3  # nats: two computations of one response's log-probability differ by less
+STAGES = ("sft", "reward", "p3o")
+LogStep = Callable[[int, dict[str, float]], None]  # is given a step and its metrics
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
-    # TF32: in bf16, rounding (of logits above all) would move log(ρ_1/ρ_2) by more than ε
+    # fp32 with TF32 products, not bf16: bf16 rounding alone moves log(ρ_1/ρ_2) past ε
     torch.set_float32_matmul_precision("high")
+    ROUNDING = 1.0
 
 
-# ---- Configuration: each field is an option of the command line --------------------------
+# ---- Configuration: each field is a command-line option ------------------------------------
 def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    return HfArg(default=default, help=help)
 
 
 @dataclass
 class Config:
-    small: bool = option(False, "a tiny GPT-2 on the shipped data: a minute on two cores")
-    model: str = option("gpt2", "causal language model: a hub name or a directory")
+    small: bool = option(False, "a tiny GPT-2 on the shipped data, in a minute")
+    model: str = option("gpt2", "causal language model: hub name or directory")
     data: str = option("Anthropic/hh-rlhf", "preference pairs: hub name, file or directory")
-    out: str = option("runs/gpt2", "directory for models and metrics; run again to resume")
+    out: str = option("runs/gpt2", "directory for the results; run again to resume")
     seed: int = option(0, "fixes data order, samples and fresh weights")
-    clip: Literal["joint", "separate", "none"] = option("joint", "V2, V1 or no clipping")
+    clip: Literal["joint", "separate", "none"] = option(
+        "joint", "P3O (V2), P3O (V1) or no clipping"
+    )
     beta: float = option(0.05, "price of KL to the SFT model, in reward per nat")
-    clip_range: float = option(0.2, "ε, half-width of the clip: of log(ρ_1/ρ_2), or of ρ")
-    prompt_tokens: int = option(384, "longer prompts lose their first turns")
-    response_tokens: int = option(128, "longest response")
-    batch: int = option(32, "stages 1 and 2: rows per update")
+    clip_range: float = option(0.2, "ε, half-width of the clip of log(ρ_1/ρ_2) or ρ")
+    prompt_tokens: int = option(384, "longer prompts lose their oldest turns")
+    response_tokens: int = option(128, "longer responses are truncated")
+    batch: int = option(32, "stages 1 and 2: preference pairs per update")
     epochs: int = option(1, "stages 1 and 2: passes over the data")
     sft_lr: float = option(5e-5, "stage 1: peak learning rate")
     reward_lr: float = option(2e-5, "stage 2: peak learning rate of the body")
     iterations: int = option(1000, "stage 3: rounds of sampling and updating")
-    pairs: int = option(64, "stage 3: pairs per iteration, each of its own prompt")
+    pairs: int = option(64, "stage 3: prompts, so pairs, sampled per iteration")
     minibatch: int = option(16, "stage 3: pairs per update")
     inner_epochs: int = option(4, "stage 3: passes over each iteration's pairs")
-    lr: float = option(2e-6, "stage 3: peak learning rate")
-    micro_batch: int = option(4, "rows or pairs per backward pass: memory, not the update")
-    eval_prompts: int = option(128, "held-out prompts that SFT and P3O answer at the end")
+    p3o_lr: float = option(2e-6, "stage 3: peak learning rate")
+    micro_batch: int = option(4, "pairs per backward pass: saves memory only")
+    eval_prompts: int = option(128, "held-out prompts answered at the end")
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            least = 1 if f.type is int and f.name != "seed" else 0
+            least = {"seed": 0, "eval_prompts": 2}.get(f.name, int(f.type is int))
             if f.type in (int, float) and not least <= value < math.inf:  # NaN fails, too
                 raise InputError(f"--{f.name} must be a number of at least {least}, not {value}")
 
@@ -136,83 +168,46 @@ SMALL = dict(
     iterations=80,
     minibatch=32,
     inner_epochs=2,
-    lr=2e-3,
+    p3o_lr=2e-3,
     micro_batch=32,
     eval_prompts=512,
 )
 
 
-# ---- Tokens and masks --------------------------------------------------------------------
-class Example(NamedTuple):
-    """A preference pair as token ids, and the text that they came from."""
-
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    text: Pair
-
-
-def tokenize(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[Example]:
-    """Text to ids, for every stage alike; pairs that are equal once cut are left out."""
-    examples = []
-    for pair in tqdm(pairs, "tokenizing", leave=False, delay=2):
-        prompt = tokenize_prompt(pair.prompt, tokenizer, cfg.prompt_tokens)
-        chosen = tokenize_response(pair.chosen, tokenizer, cfg.response_tokens)
-        rejected = tokenize_response(pair.rejected, tokenizer, cfg.response_tokens)
-        if chosen != rejected:
-            examples.append(Example(prompt, chosen, rejected, pair))
-    if len(examples) < len(pairs):
-        print(f"{len(examples)} of {len(pairs)} pairs differ once cut; only they are used")
-    return examples
-
-
-def tokenize_prompt(text: str, tokenizer: Any, limit: int) -> list[int]:
-    """A long prompt loses its oldest turns, then the beginning of what is left."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    while len(ids) > limit and HUMAN in text[1:]:
-        text = text[text.index(HUMAN, 1) :]  # the oldest turn begins at 0, the next here
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    return ids[-limit:]
-
-
-def tokenize_response(text: str, tokenizer: Any, limit: int) -> list[int]:
-    """EOS ends a response unless it was cut: to stop is an action, learnt from here."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return [*ids, tokenizer.eos_token_id][:limit]
-
-
+# ---- From token ids to tensors ---------------------------------------------------------------
 def collate(
     prompts: list[list[int]], responses: list[list[int]], model: PreTrainedModel
 ) -> tuple[Tensor, Tensor]:
-    """Prompt + response, padded on the right with the model's pad token: ids and mask.
+    """Join each prompt to its response, both token ids; pad on the right with the model's pad.
 
-    Both are (N, T), T the length of the longest row, on the model's device. The mask is True on
-    each response token, EOS included, and nowhere else.
+    Returns ids and response_mask, both (N, T) on the model's device, T the longest row's length.
+    response_mask is True on every response token, EOS included, and False everywhere else.
     """
     rows = []
     masks = []
     for prompt, response in zip(prompts, responses, strict=True):
         rows.append(torch.tensor(prompt + response))
-        # NOTE not from ids != pad: with pad = EOS, that would hide the EOS action
+        # NOTE never computed as ids != pad: if pad = EOS, that would hide the EOS action
         masks.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
     ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
     response_mask = pad_sequence(masks, batch_first=True)  # (N, T), False on padding
     return ids.to(model.device), response_mask.to(model.device)
 
 
-# ---- Models: loading, sampling, log-probabilities, scores --------------------------------
+# ---- Models: loading, sampling, log-probabilities, scores ----------------------------------
 @torch.no_grad()
-def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
-    """The model that SFT starts from, in fp32, and its tokenizer. Raises InputError.
+def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model that SFT starts from, in fp32, and its tokenizer.
 
-    EOS and padding are different tokens, and the model has an embedding for both.
+    EOS and padding get different tokens, and the model an embedding for both. Raises InputError
+    for a model that cannot be loaded or used.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(cfg.model)
         config = AutoConfig.from_pretrained(cfg.model)
         if getattr(config, "activation_function", "") == "gelu_new":  # GPT-2's
-            config.activation_function = "gelu_pytorch_tanh"  # the same in one kernel
-        if Path(cfg.model).resolve() == SHIPPED_DATA / "tiny":  # without weights: draw them
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel
+        if Path(cfg.model).resolve() == SHIPPED_DATA / "tiny":  # ships no weights: draw them
             model = AutoModelForCausalLM.from_config(config)
         else:
             model = AutoModelForCausalLM.from_pretrained(
@@ -230,13 +225,18 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, Any]:
         model.resize_token_embeddings(len(tokenizer))
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    # no penalties of its own, for whoever samples with the library from what is saved
-    model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
-    # below, logits are the output head of the last hidden state; Gemma-2 and Granite differ
+    # so that generate() on a saved model samples as `sample` does, without filters or penalties
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=cfg.response_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # the functions below compute logits as head(last hidden state); Gemma-2 and Granite do not
     ids = torch.arange(4)[None]  # (1, 4): any tokens
     hidden = model.eval().base_model(ids).last_hidden_state  # (1, 4, D)
-    plain = model.get_output_embeddings()(hidden)  # (1, 4, V)
-    if not torch.allclose(model(ids).logits, plain):
+    if not torch.allclose(model(ids).logits, model.get_output_embeddings()(hidden)):
         raise InputError(f"{type(model).__name__} scales or caps its logits; use TRL for it")
     return model.to(DEVICE), tokenizer
 
@@ -247,71 +247,75 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draw n responses to each prompt from π, token by token, up to EOS or max_tokens.
 
-    Returns ids and mask as `collate` does, but (B, n, T): a response ends with its first EOS.
-    Every token may be drawn, as often as `response_logprobs` says; all draws are independent.
-    Only in here is padding on the left.
+    Returns ids and response_mask as `collate` does, but (B, n, T): prompt b's n responses are
+    row b. Pads on the left internally; the rows it returns are padded on the right.
+
+    - Each token is drawn from the whole vocabulary at temperature 1, with the probability that
+      `response_logprobs` computes. All draws are independent.
+    - A response ends with its first EOS, which is part of it, or after max_tokens tokens.
     """
-    rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n
+    rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n, the n of a prompt together
     responses = [[] for _ in rows]
-    # what the model has not seen yet: the prompts, (N, P), then one token a row, (N, 1)
-    unread = pad_sequence(
+    input_ids = pad_sequence(
         [torch.tensor(row) for row in rows],
         batch_first=True,
         padding_value=model.config.pad_token_id,
         padding_side="left",
-    ).to(model.device)
-    longest = unread.shape[1]  # P
-    # padding before each prompt
-    left = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
-    active = torch.arange(len(rows), device=model.device)  # (N,): rows that go on; N will shrink
+    ).to(model.device)  # (N, P) at first, later the last token drawn: (N, 1)
+    longest = input_ids.shape[1]  # P
+    n_pad = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
+    unfinished = torch.arange(len(rows), device=model.device)  # (N,): N shrinks as rows finish
     cache = None
-    for t in range(longest, longest + max_tokens):
-        column = torch.arange(t, device=model.device)  # (t,)
-        # NOTE position 0 is the first prompt token, padded or not, as in training
-        positions = (column - left).clamp(min=0)  # (N, t)
+    for length in range(longest, longest + max_tokens):
+        slots = torch.arange(length, device=model.device)  # (length,)
+        # NOTE position 0 is the first token of the prompt, padded or not, as in training
+        position_ids = (slots - n_pad).clamp(min=0)  # (N, length)
         out = model.base_model(
-            unread,
-            attention_mask=(column >= left).long(),
-            position_ids=positions[:, -unread.shape[1] :],  # (N, P) at first, then (N, 1)
+            input_ids,
+            attention_mask=(slots >= n_pad).long(),
+            position_ids=position_ids[:, -input_ids.shape[1] :],  # (N, P) at first, then (N, 1)
             past_key_values=cache,
             use_cache=True,
         )
         cache = out.past_key_values
         logits = model.get_output_embeddings()(out.last_hidden_state[:, -1])  # (N, V)
-        # NOTE temperature 1, every token: with top-k, what is sampled is not what is scored
+        # NOTE temperature 1, all tokens: with top-k, samples would not follow the scored policy
         probs = logits.float().softmax(-1)  # (N, V)
-        # on a CPU, ten times as fast as multinomial
+        # inverse of the cumulative distribution; on a CPU ten times as fast as multinomial
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
         point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
         drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
-        unread = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
-        for i, token in zip(active.tolist(), unread.flatten().tolist(), strict=True):
-            responses[i].append(token)
-        # rows that have ended leave the batch: no more passes of the model are spent on them
-        going = (unread != model.config.eos_token_id).nonzero()[:, 0]  # (N',)
-        if len(going) == 0:
+        input_ids = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
+        for row, token in zip(unfinished.tolist(), input_ids.flatten().tolist(), strict=True):
+            responses[row].append(token)
+        # finished rows leave the batch, so that no more passes are spent on them
+        going_on = (input_ids != model.config.eos_token_id).nonzero()[:, 0]  # (N',)
+        if len(going_on) == 0:
             break
-        if len(going) < len(active):
-            cache.reorder_cache(going)
-            unread = unread[going]
-            left = left[going]
-            active = active[going]
+        if len(going_on) < len(unfinished):
+            cache.reorder_cache(going_on)
+            input_ids = input_ids[going_on]
+            n_pad = n_pad[going_on]
+            unfinished = unfinished[going_on]
     ids, response_mask = collate(rows, responses, model)  # (B·n, T)
     return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
 
 
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
-    """log π(y^t | x, y^<t) of each response token in nats, 0 elsewhere.
+    """Return log π(y^t | x, y^<t) of each response token in nats, and 0 elsewhere.
 
-    (…, T−1) from ids and mask (…, T), which `model.base_model` wants as (N, T), or their
-    beginnings, up to what is used; column t belongs to token t+1, since none predicts the first.
-    No attention mask: padding stands on the right, where a causal model never looks, and
-    positions count from 0. Only response positions meet the vocabulary
-    (`model.get_output_embeddings()`), the softmax is in fp32 whatever the model is in, and other
-    positions' hidden states, NaN or not, are never used.
+    ids and response_mask are (…, T), the result is (…, T−1): token t is predicted from the
+    tokens before it, so its log-probability is in column t−1. No attention mask is needed:
+    padding is on the right, where a causal model never looks, and positions count from 0.
+
+    - `model.base_model` gets ids as (N, T), alone. Trailing columns that hold no response token
+      may be left out.
+    - Only hidden states that predict a response token are used, and only they pass through
+      `model.get_output_embeddings()`. NaN in any other does no harm.
+    - The softmax is in fp32, whatever the model's dtype.
     """
-    predicted = response_mask[..., 1:]  # (…, T−1): True where t+1 is response
-    # the cumsum reaches its maximum at the last True; nothing behind it is computed
+    predicted = response_mask[..., 1:]  # (…, T−1): is token t+1 a response token?
+    # the cumsum reaches its maximum at the last True; later columns need not be computed
     end = predicted.cumsum(-1).argmax(-1).max() + 1
     hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
     used = hidden[predicted.flatten(0, -2)[:, :end]]  # (n, D): after token t
@@ -322,16 +326,16 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
 
 
 def sequence_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
-    """log π(y|x) in nats, one a response: (…) from ids and mask (…, T)."""
+    """Return log π(y|x) in nats: (…) from ids and response_mask (…, T)."""
     return response_logprobs(model, ids, response_mask).sum(-1)
 
 
 def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
-    """r(x, y), one score a response, read at its last token, EOS included: (…) from (…, T).
+    """Return r(x, y), read at the response's last token: (…) from ids and response_mask (…, T).
 
-    `model.score` of that token's hidden state, which `model.base_model` gives for ids (N, T), or
-    their beginnings; no other hidden state is used. The library's own forward gives the same
-    score.
+    - The score is `model.score` of the hidden state at that token, EOS if the response has one.
+      `model.base_model` gets ids as (N, T), as in `response_logprobs`.
+    - No other hidden state is used, so NaN there does no harm.
     """
     last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)  # (N,): the last True
     end = last.max() + 1
@@ -341,7 +345,7 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
 
 
 def score_pairs(model: PreTrainedModel, examples: list[Example]) -> Tensor:
-    """Scores (B, 2) of chosen and rejected."""
+    """Return the scores of chosen and rejected, (B, 2)."""
     prompts = []
     responses = []
     for example in examples:
@@ -352,24 +356,15 @@ def score_pairs(model: PreTrainedModel, examples: list[Example]) -> Tensor:
 
 
 def finished(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
-    """Whether each response ended by EOS, not by its limit: (…) from ids and mask (…, T)."""
+    """Return whether each response has its EOS: (…) from ids and response_mask (…, T)."""
     return ((ids == model.config.eos_token_id) & response_mask).any(-1)
 
 
-@torch.no_grad()
-def in_parts(
-    function: Callable[[Tensor, Tensor], Tensor], size: int, ids: Tensor, response_mask: Tensor
-) -> Tensor:
-    """function(ids, response_mask), `size` rows at a time and without gradients: less memory."""
-    parts = zip(ids.split(size), response_mask.split(size), strict=True)
-    return torch.cat([function(*part) for part in parts])
-
-
-# ---- The two losses: tensors in, tensors out ---------------------------------------------
+# ---- The two losses: tensors in, tensors out -----------------------------------------------
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Mean −log σ(r_w − r_l) over pairs, (B,), (B,) → scalar in nats (Bradley & Terry 1952).
+    """Return the mean of −log σ(r_w − r_l) in nats: (B,), (B,) → scalar (Bradley & Terry 1952).
 
-    >>> bradley_terry_loss(torch.tensor([102.0]), torch.tensor([101.0]))  # 100 is not seen
+    >>> bradley_terry_loss(torch.tensor([102.0]), torch.tensor([101.0]))  # 100 has no effect
     tensor(0.3133)
     """
     # NOTE log(sigmoid(−200)) is −inf, logsigmoid(−200) is −200
@@ -387,16 +382,19 @@ def p3o_loss(
     clip_range: float = 0.2,
     ratio_bound: float = 10.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise, −J of equations (4) and (5), mean over pairs, and metrics.
+    """Return the loss −J of equation (4) or (5), a mean over pairs, and metrics.
 
-    Each argument is (B, 2): log π(y|x) in nats, summed over the response, under the current,
-    the sampling and the reference policy, and the scores r(x, y). Only `logprobs` gets a
-    gradient. `clip_range` is ε, `ratio_bound` c. `clip` is "joint" (V2), "separate" (V1) or
-    "none", J = ½ q sg[ρ_1 ρ_2] u, whose expected gradient is that of E r − β KL(π‖π_ref),
-    wherever the policy is. V1's ρ is at most e^20, so that nothing overflows.
-    Metrics, detached: policy/clipfrac, the share of pairs (V1: responses) that the clip stops;
-    the means of ½ (log ρ)², policy/approxkl, of ρ, policy/ratio, and of |q|, objective/q.
-    From the P3O paper, section 4.2.
+    Tensors are (B, 2), a pair a row: log π(y|x) in nats, summed over the response, under the
+    current, the sampling and the reference policy, and the scores r(x, y). `clip_range` is ε,
+    `ratio_bound` is c. From the P3O paper, section 4.2.
+
+    - clip="joint" is P3O (V2), "separate" is P3O (V1). "none" is J = E ½ q sg[ρ_1 ρ_2] u, whose
+      gradient is that of E r − β KL(π‖π_ref), also off-policy. Others raise ValueError.
+    - Only `logprobs` gets a gradient.
+    - In V1 a ρ above e^20 counts as e^20 and gets no gradient, so that nothing overflows.
+    - Metrics, detached: policy/clipfrac, the share of pairs (V1: of responses) whose gradient
+      the clip stops; the means of ½ (log ρ)², ρ and |q|: policy/approxkl, policy/ratio and
+      objective/q.
 
     >>> logprobs = torch.tensor([[-3.0, -4.0]], requires_grad=True)
     >>> same = logprobs.detach()
@@ -405,73 +403,68 @@ def p3o_loss(
     >>> torch.autograd.grad(loss, logprobs)[0]  # −½ q on y_1, +½ q on y_2, q = r_1 − r_2
     tensor([[-0.5000,  0.5000]])
     """
-    log_ratio = logprobs - old_logprobs.detach()  # (B, 2)
-    # NOTE h is the current policy's; the sampling policy's is wrong after the first update
+    log_ratio = logprobs - old_logprobs.detach()  # (B, 2): log ρ
+    # NOTE h of the current policy; that of the sampling policy is wrong after one update
     h = (logprobs - ref_logprobs).detach()  # (B, 2), eq. (1)
-    # r_1 − r_2 comes first, so that δ(x) cancels exactly
+    # r_1 − r_2 is computed first, so that δ(x) cancels exactly
     q = (scores[:, 0] - scores[:, 1]).detach() - beta * (h[:, 0] - h[:, 1])  # (B,), eq. (2)
-    u = log_ratio[:, 0] - log_ratio[:, 1]  # (B,)
-    product = log_ratio.sum(-1).exp().detach()  # (B,): ρ_1 ρ_2, eq. (3)
-    if clip == "joint":  # V2, eq. (4): both responses are stopped together
-        weight = product.clamp(1 / ratio_bound, ratio_bound)  # (B,)
-        free = (q * weight * u)[:, None]  # (B, 1)
-        held = (q * weight * u.clamp(-clip_range, clip_range))[:, None]  # (B, 1)
-    elif clip == "separate":  # V1, eq. (5): each response is stopped alone
-        # NOTE e^100 is inf in fp32, inf · 0 is NaN; beyond e^20 a response gets no gradient
-        ratio = log_ratio.clamp(max=20).exp()  # (B, 2)
-        weight = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # (B, 2): ρ̄
-        partner = weight.flip(-1)  # (B, 2): ρ̄_2, ρ̄_1
-        advantage = torch.stack([q, -q], dim=-1) * partner  # (B, 2)
-        free = advantage * ratio  # (B, 2)
-        held = advantage * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
-    else:  # nothing is stopped, eq. (3)
-        free = (q * product * u)[:, None]  # (B, 1)
-        held = free
-    objective = 0.5 * torch.minimum(free, held).sum(-1)  # (B,)
+    u = log_ratio[:, 0] - log_ratio[:, 1]  # (B,): log(ρ_1/ρ_2)
+    weight = log_ratio.sum(-1).exp().detach()  # (B,): ρ_1 ρ_2, eq. (3)
+    if clip == "joint":  # eq. (4): the clip stops both responses together
+        weight = weight.clamp(1 / ratio_bound, ratio_bound)  # (B,): w
+        unclipped = (q * weight * u)[:, None]  # (B, 1)
+        clipped = (q * weight * u.clamp(-clip_range, clip_range))[:, None]  # (B, 1)
+    elif clip == "separate":  # eq. (5): the clip stops each response by itself
+        # NOTE e^100 is inf in fp32 and inf · 0 is NaN
+        ratio = log_ratio.clamp(max=20).exp()  # (B, 2): ρ
+        bounded = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # (B, 2): ρ̄
+        advantage = torch.stack([q, -q], dim=-1) * bounded.flip(-1)  # (B, 2): q ρ̄_2, −q ρ̄_1
+        unclipped = advantage * ratio  # (B, 2)
+        clipped = advantage * ratio.clamp(1 - clip_range, 1 + clip_range)  # (B, 2)
+    elif clip == "none":  # eq. (3)
+        unclipped = (q * weight * u)[:, None]  # (B, 1)
+        clipped = unclipped
+    else:
+        raise ValueError(f'clip must be "joint", "separate" or "none", not {clip!r}')
+    objective = 0.5 * torch.minimum(unclipped, clipped).sum(-1)  # (B,)
+    moved = log_ratio.detach()  # (B, 2)
     metrics = {
-        "policy/clipfrac": (held < free).float().mean(),
-        "policy/approxkl": (0.5 * log_ratio.detach() ** 2).mean(),
-        "policy/ratio": log_ratio.detach().exp().mean(),
+        "policy/clipfrac": (clipped < unclipped).float().mean(),
+        "policy/approxkl": (0.5 * moved**2).mean(),
+        "policy/ratio": moved.exp().mean(),
         "objective/q": q.abs().mean(),
     }
     return -objective.mean(), metrics
 
 
-# ---- What the three stages share ---------------------------------------------------------
+# ---- What the stages share -----------------------------------------------------------------
 def shuffled(rows: list, size: int, steps: int) -> list[list]:
-    """`steps` batches of `size` rows: pass after pass over all, each in a new order."""
+    """Return `steps` batches of `size` rows: pass after pass over all, each in a new order."""
     passes = math.ceil(steps * size / len(rows))
     order = torch.cat([torch.randperm(len(rows)) for _ in range(passes)])
-    batches = []
-    for batch in order.split(size)[:steps]:
-        batches.append([rows[i] for i in batch])
-    return batches
-
-
-def parts_of(rows: list, size: int, title: str) -> Iterable[list]:
-    """The rows in order, `size` at a time, behind a progress bar that goes away."""
-    return tqdm([rows[i : i + size] for i in range(0, len(rows), size)], title, leave=False)
+    return [[rows[i] for i in batch] for batch in order.split(size)[:steps]]
 
 
 def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW; `lr_scale` of a group of parameters, if any, multiplies its learning rate."""
+    """Return AdamW; a parameter group's `lr_scale`, if any, multiplies its learning rate."""
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Of step 0, 1, …: rises over the first twentieth, falls towards the end; never 0."""
+    """Return the rate of step 0, 1, …: linear warm-up for a twentieth, linear decay, never 0."""
     warmup = math.ceil(0.05 * steps)
     return peak * min((step + 1) / warmup, 1 - step / steps)
 
 
 def gradient_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """One update by the gradients summed so far, which are then forgotten.
+    """Take one optimizer step on the accumulated gradients, then zero them.
 
-    Returns their norm before it is clipped to 1. Raises FloatingPointError if not finite.
+    Returns the gradient norm before it is clipped to 1. Raises FloatingPointError, without a
+    step, if that is not finite.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm {norm}; go on with a lower learning rate")
+        raise FloatingPointError(f"gradient norm {norm}; resume with a lower learning rate")
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1)
     optimizer.step()
@@ -484,16 +477,17 @@ def self_check(claim: str, holds: bool) -> None:
     tqdm.write(f"  check: {claim}: ok")
 
 
-# ---- Stage 1: supervised fine-tuning -----------------------------------------------------
-def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log: Callable) -> None:
-    """Maximum likelihood on the preferred responses, mean over response tokens."""
-    policy.eval()  # NOTE no dropout in any stage: with it, ratios differ from 1 from the start
+# ---- Stage 1: supervised fine-tuning -------------------------------------------------------
+def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log: LogStep) -> None:
+    """Maximise the likelihood of the chosen responses, as a mean over their tokens."""
+    policy.eval()  # NOTE no dropout in any stage: with it, ratios would not even start at 1
     steps = math.ceil(cfg.epochs * len(examples) / cfg.batch)
     batches = shuffled(examples, cfg.batch, steps)
     optimizer = make_optimizer([{"params": policy.parameters()}])
+    losses = []
     bar = tqdm(batches, "1 SFT   ")
     for step, batch in enumerate(bar):
-        # prompts alike in length share a micro-batch: behind its longest row nothing is computed
+        # prompts of similar length share a micro-batch, so that little padding is computed
         batch.sort(key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in batch]
         chosen = [example.chosen for example in batch]
@@ -501,63 +495,69 @@ def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log
         total = 0.0
         for part in torch.arange(len(batch)).split(cfg.micro_batch):
             logprobs = response_logprobs(policy, ids[part], response_mask[part])  # (b, T−1)
-            loss = -logprobs.sum() / response_mask.sum()  # its part of the mean over tokens
+            loss = -logprobs.sum() / response_mask.sum()  # this part's share of the mean
             loss.backward()
             total += loss.item()
-        lr = learning_rate(cfg.sft_lr, step, steps)
-        norm = gradient_step(policy, optimizer, lr)
+        norm = gradient_step(policy, optimizer, learning_rate(cfg.sft_lr, step, steps))
         log(step, {"sft/loss": total, "sft/grad_norm": norm})
-        bar.set_postfix(loss=total)
+        losses.append(total)
+        bar.set_postfix(loss=statistics.fmean(losses[-50:]))  # one batch's alone is noisy
 
 
-# ---- Stage 2: the reward model -----------------------------------------------------------
+# ---- Stage 2: the reward model -------------------------------------------------------------
 def train_reward(
-    model: PreTrainedModel, examples: list[Example], cfg: Config, log: Callable
+    model: PreTrainedModel, examples: list[Example], cfg: Config, log: LogStep
 ) -> None:
-    """Bradley-Terry on the preference pairs."""
+    """Minimise the Bradley-Terry loss on the preference pairs."""
     model.eval()
-    torch.nn.init.zeros_(model.score.weight)  # every score starts at 0, so the loss at ln 2
+    torch.nn.init.zeros_(model.score.weight)  # all scores start at 0, so the loss at ln 2
     steps = math.ceil(cfg.epochs * len(examples) / cfg.batch)
     batches = shuffled(examples, cfg.batch, steps)
     body = {"params": model.base_model.parameters()}
-    head = {"params": model.score.parameters(), "lr_scale": 10}  # fresh: has further to go
+    head = {"params": model.score.parameters(), "lr_scale": 10}  # it is new and starts at 0
     optimizer = make_optimizer([body, head])
+    accuracies = []
     bar = tqdm(batches, "2 reward")
     for step, batch in enumerate(bar):
         batch.sort(key=lambda example: len(example.prompt))  # as in stage 1
         total = 0.0
         accuracy = 0.0
         for i in range(0, len(batch), cfg.micro_batch):
-            scores = score_pairs(model, batch[i : i + cfg.micro_batch])  # (b, 2)
-            share = len(scores) / len(batch)  # its part of the mean
-            loss = bradley_terry_loss(scores[:, 0], scores[:, 1]) * share
+            part = batch[i : i + cfg.micro_batch]
+            chosen_scores, rejected_scores = score_pairs(model, part).unbind(-1)  # (b,), (b,)
+            loss = bradley_terry_loss(chosen_scores, rejected_scores)
+            loss = loss * len(part) / len(batch)  # this part's share of the mean
             loss.backward()
             total += loss.item()
-            accuracy += (scores[:, 0] > scores[:, 1]).float().mean().item() * share
+            accuracy += (chosen_scores > rejected_scores).sum().item() / len(batch)
         if step == 0:
             self_check("reward loss starts at ln 2", abs(total - math.log(2)) < 1e-6)
-        lr = learning_rate(cfg.reward_lr, step, steps)
-        norm = gradient_step(model, optimizer, lr)
+        norm = gradient_step(model, optimizer, learning_rate(cfg.reward_lr, step, steps))
         log(step, {"reward/loss": total, "reward/accuracy": accuracy, "reward/grad_norm": norm})
-        bar.set_postfix(loss=total, accuracy=accuracy)
+        accuracies.append(accuracy)
+        bar.set_postfix(accuracy=statistics.fmean(accuracies[-50:]))  # as in stage 1
 
 
 @torch.no_grad()
 def set_gain(
     model: PreTrainedModel, policy: PreTrainedModel, prompts: list[list[int]], cfg: Config
 ) -> float:
-    """Scale the head so that r_1 − r_2 has root mean square 1 on pairs sampled by SFT's policy.
+    """Rescale the score so that r_1 − r_2 has root mean square 1 on pairs from the SFT policy.
 
-    The pairs are drawn by `sample`, one for each of the prompts, and scored by `reward_scores`,
-    any number at a time. β then has a unit: it is a price per nat, in typical differences of the
-    reward. Returns the factor. Raises FloatingPointError, naming --reward-lr, if the scores are
-    all alike.
+    Then β has a unit: nats are priced in typical differences of reward. Returns the factor.
+
+    - The pairs come from `sample`, one for each prompt, and are scored by `reward_scores`, in
+      batches of any size.
+    - `model.score.weight` is multiplied by the factor, in place.
+    - Raises FloatingPointError, which names --reward-lr, if the root mean square is 0 or not
+      finite.
     """
     differences = []
-    for batch in parts_of(prompts, cfg.minibatch, "  gain   "):
+    for i in tqdm(range(0, len(prompts), cfg.minibatch), "  gain   ", leave=False):
+        batch = prompts[i : i + cfg.minibatch]
         ids, response_mask = sample(policy, batch, 2, cfg.response_tokens)  # (b, 2, T)
         scores = reward_scores(model, ids, response_mask)  # (b, 2)
-        # NOTE not absolute scores: the gain, and so each update, would depend on δ(x)
+        # NOTE absolute scores would make the gain, and so each update, depend on δ(x)
         differences.append(scores[:, 0] - scores[:, 1])  # (b,)
     size = torch.cat(differences).square().mean().sqrt().item()
     if not 0 < size < math.inf:
@@ -566,31 +566,37 @@ def set_gain(
     return 1 / size
 
 
-# ---- Stage 3: P3O ------------------------------------------------------------------------
+# ---- Stage 3: P3O --------------------------------------------------------------------------
 def train_policy(
     policy: PreTrainedModel,
     reference: PreTrainedModel,
     score: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     prompts: list[list[int]],
     cfg: Config,
-    log: Callable,
-    loss_fn: Callable = p3o_loss,
+    log: LogStep,
     checkpoint: Path | None = None,
 ) -> None:
-    """Sample a pair for each of cfg.pairs prompts, score it, update, throw the pairs away.
+    """Sample a pair for each of cfg.pairs prompts, score it, update on it, discard it; repeat.
 
-    The prompts of iteration t are shuffled(prompts, cfg.pairs, cfg.iterations)[t], in any order,
-    its learning rate is learning_rate(cfg.lr, t, cfg.iterations). `score` gives (B, 2) scores for
-    ids and mask (B, 2, T); `loss_fn` takes what `p3o_loss` does, with cfg's beta, clip and
-    clip_range. Each of cfg.inner_epochs shuffles the pairs, and makes a gradient_step on each
-    cfg.minibatch of them, its gradient that of the mean loss, by cfg.micro_batch pairs at a time.
-    No dropout, no weight decay. Log-probs are computed alike everywhere, so that before the first
-    update, where `self_check` says so, ratio = 1 and KL = 0, up to rounding.
-    log(t, metrics), once an iteration, gets the means of loss_fn's metrics, loss/policy and
-    policy/grad_norm over the pairs updated on, and over the samples those of objective/scores,
-    objective/kl (log π_old − log π_ref), objective/entropy (−log π_old), response/length and
-    response/finished (by EOS). Where `checkpoint` exists the stage goes on from it, and every
-    CHECKPOINT_EVERY iterations it is saved.
+    Only `policy` is trained: `reference` and `score` run without gradients. `score` returns
+    (B, 2) from ids and response_mask (B, 2, T). `loss_fn` has the arguments and results of
+    `p3o_loss`.
+
+    - Iteration t uses the prompts shuffled(prompts, cfg.pairs, cfg.iterations)[t], in any
+      order, and the rate learning_rate(cfg.p3o_lr, t, cfg.iterations).
+    - Each of cfg.inner_epochs shuffles the pairs and makes one `gradient_step` for each
+      cfg.minibatch of them, on the gradient of their mean loss, accumulated over micro-batches
+      of cfg.micro_batch pairs.
+    - `loss_fn` gets cfg's beta, clip and clip_range as keywords.
+    - No dropout and no weight decay. Before the first update, `self_check` confirms ratio = 1
+      and KL = 0, up to rounding: at most 1e-3 nats on a CPU.
+    - log(t, metrics) is called once an iteration. Means over the pairs of all updates:
+      loss_fn's metrics, loss/policy, policy/grad_norm. Means over the sampled responses:
+      objective/scores, objective/kl (log π_old − log π_ref), objective/entropy (−log π_old),
+      response/length in tokens, response/finished (has its EOS).
+    - If `checkpoint` exists, training resumes from it. It is saved every CHECKPOINT_EVERY
+      iterations.
     """
     policy.eval()
     batches = shuffled(prompts, cfg.pairs, cfg.iterations)
@@ -604,55 +610,55 @@ def train_policy(
         if checkpoint and iteration % CHECKPOINT_EVERY == 0:
             save_checkpoint(checkpoint, iteration, policy, optimizer)
 
-        lr = learning_rate(cfg.lr, iteration, cfg.iterations)
+        lr = learning_rate(cfg.p3o_lr, iteration, cfg.iterations)
 
-        # 1. two responses to each prompt, (B, 2, T); from here to the loss a pair is a row
+        # 1. two responses to each prompt, (B, 2, T); from here on, a pair is one row
         batches[iteration].sort(key=len)  # as in stage 1
         ids, response_mask = sample(policy, batches[iteration], 2, cfg.response_tokens)
 
-        # 2. what does not change during the inner epochs, (B, 2) each
-        scores = in_parts(score, cfg.micro_batch, ids, response_mask)
-        old_logprobs = in_parts(
-            partial(sequence_logprobs, policy), cfg.micro_batch, ids, response_mask
-        )
-        ref_logprobs = in_parts(
-            partial(sequence_logprobs, reference), cfg.micro_batch, ids, response_mask
-        )
+        # 2. what stays fixed during the inner epochs, (B, 2) each
+        size = cfg.micro_batch
+        parts = list(zip(ids.split(size), response_mask.split(size), strict=True))
+        with torch.no_grad():
+            scores = torch.cat([score(*part) for part in parts])
+            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in parts])
+            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in parts])
 
-        # 3. updates on minibatches of pairs
-        new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
-        sums = defaultdict(float)  # of each metric, over the pairs of all updates
+        # 3. updates, each on one minibatch of pairs
+        minibatches = []
         for _ in range(cfg.inner_epochs):
-            for minibatch in torch.randperm(cfg.pairs).split(cfg.minibatch):
-                # in the order of the batch, by length of the prompt
-                for part in minibatch.sort().values.split(cfg.micro_batch):
-                    logprobs = sequence_logprobs(policy, ids[part], response_mask[part])  # (b, 2)
-                    new_logprobs[part] = logprobs.detach()
-                    loss, metrics = loss_fn(
-                        logprobs,
-                        old_logprobs[part],
-                        ref_logprobs[part],
-                        scores[part],
-                        beta=cfg.beta,
-                        clip=cfg.clip,
-                        clip_range=cfg.clip_range,
-                    )
-                    # gradients add up to that of the mean over the minibatch
-                    (loss * len(part) / len(minibatch)).backward()
-                    metrics["loss/policy"] = loss.detach()
-                    for key, value in metrics.items():
-                        sums[key] += value * len(part)
-                if not optimizer.state:  # nothing was updated yet
-                    drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
-                    rounding = 1.0 if DEVICE == "cuda" else 1e-3  # nats
-                    same = drift.abs().max() < rounding
-                    self_check("ratio = 1 and KL = 0 before the first update", same)
-                norm = gradient_step(policy, optimizer, lr)
-                sums["policy/grad_norm"] += norm * len(minibatch)
+            minibatches += torch.randperm(cfg.pairs).split(cfg.minibatch)
+        new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
+        sums = defaultdict(float)  # of each metric, every pair of every update counted once
+        for minibatch in minibatches:
+            # sorted, pairs of similar length share a micro-batch
+            for part in minibatch.sort().values.split(cfg.micro_batch):
+                logprobs = sequence_logprobs(policy, ids[part], response_mask[part])  # (b, 2)
+                new_logprobs[part] = logprobs.detach()
+                loss, metrics = loss_fn(
+                    logprobs,
+                    old_logprobs[part],
+                    ref_logprobs[part],
+                    scores[part],
+                    beta=cfg.beta,
+                    clip=cfg.clip,
+                    clip_range=cfg.clip_range,
+                )
+                # the parts' gradients add up to the gradient of the minibatch's mean loss
+                (loss * len(part) / len(minibatch)).backward()
+                metrics["loss/policy"] = loss.detach()
+                for key, value in metrics.items():
+                    sums[key] += value * len(part)
+            if not optimizer.state:  # before the first update
+                drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
+                self_check(
+                    "ratio = 1 and KL = 0 before the first update", drift.abs().max() < ROUNDING
+                )
+            norm = gradient_step(policy, optimizer, lr)
+            sums["policy/grad_norm"] += norm * len(minibatch)
 
         # 4. metrics
-        updated_on = cfg.inner_epochs * cfg.pairs
-        row = {key: float(total) / updated_on for key, total in sums.items()}
+        row = {key: float(total) / (cfg.inner_epochs * cfg.pairs) for key, total in sums.items()}
         sampled = {
             "objective/scores": scores,
             "objective/kl": old_logprobs - ref_logprobs,
@@ -660,36 +666,44 @@ def train_policy(
             "response/length": response_mask.sum(-1),
             "response/finished": finished(policy, ids, response_mask),
         }  # (B, 2) each
-        for key, values in sampled.items():
-            row[key] = values.double().mean().item()
+        row |= {key: values.double().mean().item() for key, values in sampled.items()}
         log(iteration, row)
         bar.set_postfix(score=row["objective/scores"], kl=row["objective/kl"])
 
 
-# ---- Evaluation on held-out prompts ------------------------------------------------------
+# ---- Evaluation on held-out prompts --------------------------------------------------------
 @torch.no_grad()
 def evaluate(
     cfg: Config,
     sft: PreTrainedModel,
     reward_model: PreTrainedModel,
     policy: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     examples: list[Example],
-) -> dict[str, list[float]]:
-    """Each figure's values, one a held-out pair or prompt; shows the first answers.
+) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Let SFT and P3O answer the same held-out prompts, and compare the answers.
 
-    SFT and P3O answer the same prompts; P3O wins where its answer is the better one, and a tie
-    is half a win. The judge is the gold reward of the shipped data. On other data it is the
-    reward model, which the policy was trained to please. kl is log π − log π_ref in nats.
+    Returns `figures`, each figure's values, one for each held-out pair or prompt, and `answers`,
+    the texts of "sft" and of "policy". The winner is decided by the gold reward on the shipped
+    data. On other data it is decided by the reward model, which P3O was trained to please.
     """
-    ranked = []
-    for batch in parts_of(examples, cfg.minibatch, "  pairs  "):
-        scores = score_pairs(reward_model, batch)  # (b, 2)
-        ranked += (scores[:, 0] > scores[:, 1]).tolist()
-    figures = defaultdict(list, reward_accuracy=ranked)
-    texts = [example.text for example in examples]
+    figures = defaultdict(list)
+    gold_is_known = Path(cfg.data).resolve() == SHIPPED_DATA
+    for i in tqdm(range(0, len(examples), cfg.minibatch), "  pairs  ", leave=False):
+        batch = examples[i : i + cfg.minibatch]
+        chosen_scores, rejected_scores = score_pairs(reward_model, batch).unbind(-1)  # (b,), (b,)
+        figures["reward_accuracy"] += (chosen_scores > rejected_scores).tolist()
+    if gold_is_known:
+        for example, agrees in zip(examples, figures["reward_accuracy"], strict=True):
+            prompt, chosen, rejected = example.text
+            gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
+            if gap != 0:
+                figures["reward_gold_agreement"].append(agrees == (gap > 0))
+
     answers = defaultdict(list)
-    for batch in parts_of(examples[: cfg.eval_prompts], cfg.minibatch, "  answers"):
+    examples = examples[: cfg.eval_prompts]
+    for i in tqdm(range(0, len(examples), cfg.minibatch), "  answers", leave=False):
+        batch = examples[i : i + cfg.minibatch]
         prompts = [example.prompt for example in batch]
         for name, model in (("sft", sft), ("policy", policy)):
             ids, response_mask = sample(model, prompts, 1, cfg.response_tokens)  # (b, 1, T)
@@ -701,22 +715,111 @@ def evaluate(
             }  # (b, 1) each
             for key, values in measured.items():
                 figures[f"{key}_{name}"] += values.flatten().tolist()
-            for row, mask in zip(ids, response_mask, strict=True):
-                answers[name].append(tokenizer.decode(row[mask], skip_special_tokens=True))
-    judged_by = "score"
-    if Path(cfg.data).resolve() == SHIPPED_DATA:
-        judged_by = "gold"
-        figures |= judge.figures(texts, ranked, answers)
-    wins = judge.wins(figures[f"{judged_by}_policy"], figures[f"{judged_by}_sft"])
+            for example, row, mask in zip(batch, ids, response_mask, strict=True):
+                answer = tokenizer.decode(row[mask], skip_special_tokens=True)
+                answers[name].append(answer)
+                if gold_is_known:
+                    prompt = example.text.prompt
+                    figures[f"gold_{name}"].append(judge.gold_reward(prompt, answer))
+                    figures[f"well_formed_{name}"].append(judge.well_formed(prompt, answer))
 
-    judge.show(texts, answers, figures)
-    return {"win_rate": wins} | figures
+    judged_by = "gold" if gold_is_known else "score"
+    paired = zip(figures[f"{judged_by}_policy"], figures[f"{judged_by}_sft"], strict=True)
+    figures["win_rate"] = [(ours > theirs) + 0.5 * (ours == theirs) for ours, theirs in paired]
+    return figures, answers
 
 
-# ---- The run: a directory in which each finished stage is a folder -----------------------
+def report(
+    figures: dict[str, list[float]], answers: dict[str, list[str]], examples: list[Example]
+) -> dict[str, float]:
+    """Print the first answers, the figures and the result in words.
+
+    Returns the mean of each figure, and half its 95 % interval as NAME_ci.
+    """
+    print("\nHeld-out prompts, with the answers of SFT and of the P3O policy and their scores")
+    for i in range(len(answers["sft"]))[:5]:
+        print(f"\n{examples[i].text.prompt.removesuffix(ASSISTANT).strip()}")
+        for name in ("sft", "policy"):
+            print(f"  {name:6} {figures[f'score_{name}'][i]:+5.2f}  {answers[name][i].strip()}")
+
+    summary = {}
+    print("\nfigure                    mean   95 % interval")
+    for name, values in figures.items():
+        mean = statistics.fmean(values)
+        half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
+        print(f"{name:22}{mean:8.3f} ± {half:.3f}")
+        summary[name] = mean
+        summary[f"{name}_ci"] = half
+
+    by = "its own reward model, which it was trained to please"
+    if "gold_policy" in figures:
+        by = "the gold judge"
+    share = f"{summary['win_rate']:.0%} of {len(answers['policy'])} held-out prompts"
+    print(f"\nP3O's answer beats SFT's on {share}, by {by}.")
+    return summary
+
+
+# ---- The run -------------------------------------------------------------------------------
+def run(cfg: Config) -> None:
+    """Run each stage that is not finished yet, then evaluate."""
+    torch.manual_seed(cfg.seed)
+    policy, tokenizer = load_base(cfg)
+    train_pairs, heldout_pairs = load_pairs(cfg.data, tokenizer)
+    examples = tokenize(train_pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
+    heldout = tokenize(heldout_pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
+    prompts = [example.prompt for example in examples]
+    out = open_out(cfg, (train_pairs, heldout_pairs))
+    print(f"{len(examples)} training and {len(heldout)} held-out pairs, on {DEVICE}, in {out}")
+
+    if not (out / "sft").exists():
+        seed_stage(cfg, "sft")
+        train_sft(policy, examples, cfg, log_to(out / "sft.jsonl"))
+        save(out / "sft", policy, tokenizer)
+    sft = load(out / "sft")
+
+    if not (out / "reward").exists():
+        seed_stage(cfg, "reward")
+        reward_model = load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
+        train_reward(reward_model, examples, cfg, log_to(out / "reward.jsonl"))
+        gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
+        save(out / "reward", reward_model, tokenizer)
+        print(f"  scores × {gain:.3f}: r_1 − r_2 has root mean square 1 on pairs from SFT")
+    reward_model = load(out / "reward", AutoModelForSequenceClassification)
+
+    checkpoint = out / "p3o.checkpoint"
+    if not (out / "p3o").exists():
+        seed_stage(cfg, "p3o")
+        policy = load(out / "sft")
+        score = partial(reward_scores, reward_model)
+        log = log_to(out / "p3o.jsonl")
+        train_policy(policy, sft, score, p3o_loss, prompts, cfg, log, checkpoint)
+        save(out / "p3o", policy, tokenizer)
+    checkpoint.unlink(missing_ok=True)
+    policy = load(out / "p3o")
+
+    seed_stage(cfg, "evaluation")
+    figures, answers = evaluate(cfg, sft, reward_model, policy, tokenizer, heldout)
+    summary = report(figures, answers, heldout)
+    with appears_whole(out / "summary.json") as file:
+        file.write_text(json.dumps(summary, indent=2))
+
+    print(f"Models, metrics and summary.json are in {out}. Each stage took:")
+    for stage in STAGES:
+        rows = map(json.loads, (out / f"{stage}.jsonl").read_text().splitlines())
+        print(f"  {stage:6} {sum(row['seconds'] for row in rows):6.0f} s")
+    print("To use the policy, in Python:\n  from transformers import pipeline")
+    print(f"  pipeline('text-generation', '{out / 'p3o'}')({heldout[0].text.prompt!r})")
+
+
+def seed_stage(cfg: Config, stage: str) -> None:
+    """Make a stage's randomness depend on the seed and its name, not on what ran before it."""
+    torch.manual_seed(zlib.crc32(f"{cfg.seed} {stage}".encode()))
+
+
+# ---- The run directory: nothing about RLHF, you may skip to the command line ---------------
 @contextlib.contextmanager
 def appears_whole(path: Path) -> Iterator[Path]:
-    """Write to what this gives: it appears at `path` when all is written, or not at all."""
+    """Write atomically to the path this yields: `path` appears complete or not at all."""
     scratch = path.with_name(path.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     yield scratch
@@ -724,164 +827,111 @@ def appears_whole(path: Path) -> Iterator[Path]:
 
 
 def open_out(cfg: Config, pairs: Any) -> Path:
-    """Make the output directory, or accept the one that these options and these pairs made.
+    """Create the output directory, or accept one that the same options and pairs made.
 
-    Options that change no training may differ, and so may the learning rate of a stage that is
-    not done. Raises InputError for any other directory, which stays as it is.
+    Options that do not change the weights may differ, and so may the learning rates of stages
+    that are not finished. Raises InputError for any other directory and leaves it as it is.
     """
     out = Path(cfg.out)
     config = out / "config.json"
-    mine = asdict(cfg) | {"data_crc": zlib.crc32(repr(pairs).encode())}
-    done = [stage for stage in STAGES if (out / stage).exists()]
-    if done:
-        theirs = json.loads(config.read_text())
-        free = ["out", "micro_batch", "eval_prompts"]
-        free += [rate for stage, rate in STAGES.items() if stage not in done]
-        differ = [key for key in mine if key not in free and mine[key] != theirs.get(key)]
+    wanted = asdict(cfg) | {"data_crc": zlib.crc32(repr(pairs).encode())}
+    out.mkdir(parents=True, exist_ok=True)
+    if config.exists():
+        saved = json.loads(config.read_text())
+        later_rates = [f"{stage}_lr" for stage in STAGES if not (out / stage).exists()]
+        may_differ = ["out", "micro_batch", "eval_prompts", *later_rates]
+        differ = [key for key in wanted if key not in may_differ and wanted[key] != saved.get(key)]
         if differ:
             raise InputError(f"{out} was made with other {', '.join(differ)}; change --out")
-    elif out.exists() and not config.exists() and any(out.iterdir()):
+    elif any(out.iterdir()):
         raise InputError(f"{out} exists and is not a run of p3o.py; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     with appears_whole(config) as file:
-        file.write_text(json.dumps(mine, indent=2))
+        file.write_text(json.dumps(wanted, indent=2))
     return out
 
 
-def starts(cfg: Config, stage: str) -> bool:
-    """Whether a stage is still to do; if so, its randomness depends on the seed alone."""
-    if (Path(cfg.out) / stage).exists():
-        print(f"{stage}: finished before")
-        return False
-    torch.manual_seed(zlib.crc32(f"{cfg.seed} {stage}".encode()))
-    return True
-
-
-def save(folder: Path, model: PreTrainedModel, tokenizer: Any) -> None:
+def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     with appears_whole(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 
 
 def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
-    """The model of a finished stage, in fp32 and in eval mode."""
+    """Return the model of a finished stage, in fp32 and in eval mode."""
     return kind.from_pretrained(folder, dtype=torch.float32, **options).to(DEVICE)
 
 
-class Log:
-    """A stage's metrics in a file, a JSON line a step; `seconds` are the step's own.
+def log_to(path: Path) -> LogStep:
+    """Return a function that appends a step's metrics and its seconds to a file, a JSON line each.
 
-    Line t is step t: a step that a killed run had done is replaced, with all after it.
+    Line t is step t: if its first call is for step t, line t and all after it are dropped first.
     """
+    path.touch()
+    lines = path.read_text().splitlines(keepends=True)
+    last = time.perf_counter()
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines = path.read_text().splitlines() if path.exists() else []
-        self.last = time.perf_counter()
-
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+    def log(step: int, metrics: dict[str, float]) -> None:
+        nonlocal last
         now = time.perf_counter()
-        row = {"step": step, **metrics, "seconds": now - self.last}
-        self.last = now
-        self.lines[step:] = [json.dumps(row)]
-        with appears_whole(self.path) as file:
-            file.write_text("\n".join(self.lines) + "\n")
+        row = {"step": step, **metrics, "seconds": now - last}
+        last = now
+        if step < len(lines):
+            del lines[step:]
+            with appears_whole(path) as file:
+                file.write_text("".join(lines))
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    return log
 
 
 def save_checkpoint(
     path: Path, iteration: int, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:
-    """All that stage 3 needs to go on as if it had not been stopped."""
-    state = {
-        "iteration": iteration,
-        "policy": policy.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "cpu_generator": torch.get_rng_state(),
-        "gpu_generators": torch.cuda.get_rng_state_all(),
-    }
+    """Save everything that stage 3 needs to resume as if it had not been stopped."""
+    generators = torch.get_rng_state(), torch.cuda.get_rng_state_all()
     with appears_whole(path) as file:
-        torch.save(state, file)
+        torch.save((iteration, policy.state_dict(), optimizer.state_dict(), *generators), file)
 
 
 def load_checkpoint(path: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
-    """Put everything back; returns the iteration to go on with. Raises InputError."""
+    """Restore that state; return the iteration to resume at. Raises InputError."""
     try:
-        state = torch.load(path, map_location="cpu")
+        iteration, weights, moments, cpu, gpus = torch.load(path, map_location="cpu")
     except Exception:  # of many kinds, by where the file breaks off
-        raise InputError(f"{path} is broken; delete it to begin stage 3 again") from None
-    policy.load_state_dict(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["cpu_generator"])
-    torch.cuda.set_rng_state_all(state["gpu_generators"])
-    return state["iteration"]
+        raise InputError(f"{path} is broken; delete it to restart stage 3") from None
+    policy.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(gpus)
+    return iteration
 
 
-def run(cfg: Config) -> None:
-    """The stages that are not finished, one after the other, then the evaluation."""
-    torch.manual_seed(cfg.seed)
-    policy, tokenizer = load_base(cfg)
-    train_pairs, heldout_pairs = load_pairs(cfg.data, tokenizer)
-    examples = tokenize(train_pairs, tokenizer, cfg)
-    heldout = tokenize(heldout_pairs, tokenizer, cfg)
-    prompts = [example.prompt for example in examples]
-    if not examples or len(heldout[: cfg.eval_prompts]) < 2:  # one figure has no interval
-        raise InputError("too few pairs are left; see --response-tokens and --eval-prompts")
-    out = open_out(cfg, (train_pairs, heldout_pairs))
-    print(f"{len(examples)} training and {len(heldout)} held-out pairs, on {DEVICE}, in {out}")
-
-    if starts(cfg, "sft"):
-        train_sft(policy, examples, cfg, Log(out / "sft.jsonl"))
-        save(out / "sft", policy, tokenizer)
-    sft = load(out / "sft")
-
-    if starts(cfg, "reward"):
-        reward_model = load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
-        train_reward(reward_model, examples, cfg, Log(out / "reward.jsonl"))
-        gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
-        print(f"  scores × {gain:.3f}: r_1 − r_2 has root mean square 1 on SFT's pairs")
-        save(out / "reward", reward_model, tokenizer)
-    reward_model = load(out / "reward", AutoModelForSequenceClassification)
-
-    checkpoint = out / "p3o.checkpoint"
-    if starts(cfg, "p3o"):
-        policy = load(out / "sft")
-        score = partial(reward_scores, reward_model)
-        train_policy(
-            policy, sft, score, prompts, cfg, Log(out / "p3o.jsonl"), checkpoint=checkpoint
-        )
-        save(out / "p3o", policy, tokenizer)
-    checkpoint.unlink(missing_ok=True)
-    policy = load(out / "p3o")
-
-    starts(cfg, "evaluation")  # never finished before
-    figures = evaluate(cfg, sft, reward_model, policy, tokenizer, heldout)
-    summary = judge.summarize(figures)
-    with appears_whole(out / "summary.json") as file:
-        file.write_text(json.dumps(summary, indent=2))
-
-
-# ---- Command line ------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------
 def parse_config(argv: list[str]) -> Config:
-    """A preset, changed by what the options say."""
-    parser = transformers.HfArgumentParser(Config, description=__doc__.splitlines()[0])
-    if "--small" in argv:
+    """Return the default settings, or those of --small, changed by the other options."""
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    options = parser.parse_args(argv)
+    if options.small:
         parser.set_defaults(**SMALL)
-    return Config(**vars(parser.parse_args(argv)))
+        options = parser.parse_args(argv)
+    return Config(**vars(options))
 
 
 def main(argv: list[str]) -> None:
-    """The command line; what goes wrong for a known reason is told in one line, status 1."""
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # we get exceptions
+    """Run the command line; expected errors exit with a one-line message and status 1."""
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # errors are raised, too
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         cfg = parse_config(argv)
+        print(f"loading {cfg.model} and {cfg.data}", flush=True)
         try_hub(cfg.model, cfg.data)
         run(cfg)
     except KeyboardInterrupt:
-        sys.exit("p3o.py: interrupted; the same command goes on from here")
+        sys.exit("p3o.py: interrupted; the same command resumes")
     except torch.OutOfMemoryError:
-        sys.exit("p3o.py: out of memory; go on by the same command, smaller --micro-batch")
+        sys.exit("p3o.py: out of memory; the same command with a smaller --micro-batch resumes")
     except (InputError, FloatingPointError, OSError) as error:
         sys.exit(f"p3o.py: {error}")
 

@@ -1,19 +1,15 @@
 """The judge: the gold reward behind the shipped preferences, and every sentence it knows.
 
-`gold_reward` reads an answer as a person at a glance would: is it about the question, is it kind,
-is it whole? It knows the truth because the same tables wrote the data; a model trained on the
-preferences never sees it. Below it stands what a run's figures are made of, on any data.
+`gold_reward` asks what a person would ask at a glance: is the answer about the question, is it
+kind, is it whole? The judge knows the truth because the same tables wrote the data. No model is
+trained on it; models see only the preferences.
 """
 
-import math
 import re
-import statistics
 from itertools import pairwise
 
-from data.preferences import ASSISTANT, Pair
-
-# topic -> (ways to tell the trouble, first steps, second steps)
-# What helps with one trouble is no help with another.
+# topic -> (ways to say the trouble, first steps, second steps)
+# A step helps with its own trouble only.
 TOPICS = {
     "bread": (
         [
@@ -101,7 +97,8 @@ KIND_CLOSERS = ["You can do it!", "Good luck!", "Hope that helps!"]
 RUDE_CLOSERS = ["Leave me alone.", "Stop asking."]
 VAGUE = ["It depends.", "Try harder.", "Look it up."]
 
-# how sure the annotators are: a gap of one point is labelled right with probability sigmoid(1.5)
+# how reliable the annotators are: a gap of one point is labelled right with probability
+# sigmoid(1.5)
 NATS_PER_POINT = 1.5
 
 # An answer has four slots, each of which may be empty: opener, first step (or something vague),
@@ -115,14 +112,13 @@ TOPIC_OF = {
 
 
 def sentences(response: str) -> list[str]:
-    """Split after each full stop, exclamation or question mark; a tail without one is a
-    sentence of its own."""
+    """Split after each full stop, exclamation or question mark; the rest is one more sentence."""
     return re.findall(r"\S[^.!?]*[.!?]*", response)
 
 
 def flaws(response: str) -> int:
     """Count what a reader would call broken: fragments, run-ons, repetition, rambling, bad
-    spacing, nothing at all."""
+    spacing, an empty answer."""
     parts = sentences(response)
     slots = [SLOT_OF[s] for s in parts if s in SLOT_OF]
     unknown = len(parts) - len(slots)
@@ -131,13 +127,15 @@ def flaws(response: str) -> int:
 
 
 def well_formed(prompt: str, response: str) -> bool:
-    """Whether the response is whole, whatever it says; the prompt is not read."""
+    """Return whether the response has no flaw, whatever it says; the prompt is not used."""
     return flaws(response) == 0
 
 
 def topic_of(prompt: str) -> str:
-    """The one trouble that the last human turn is about. Raises ValueError if the judge does
-    not know it."""
+    """Return the trouble that the last human turn is about.
+
+    Raises ValueError if the judge does not know it.
+    """
     question = prompt.rsplit("Human:", 1)[-1].lower()
     for topic, (troubles, _, _) in TOPICS.items():
         if any(trouble.lower() in question for trouble in troubles):
@@ -146,10 +144,10 @@ def topic_of(prompt: str) -> str:
 
 
 def gold_reward(prompt: str, response: str) -> float:
-    """The true reward, in nats: P(a preferred to b) = sigmoid(gold(a) - gold(b)).
+    """Return the true reward in nats: P(a preferred to b) = sigmoid(gold(a) - gold(b)).
 
-    One point for a kind opener, for a first and a second step that help, and for a kind closer;
-    none for vague words; one off for each rude or off-topic sentence; two off for each flaw.
+    One point each for a kind opener, a first and a second step that help, and a kind closer. None
+    for vague words. Minus one for each rude or off-topic sentence, minus two for each flaw.
     """
     topic, parts = topic_of(prompt), sentences(response)
     good = {
@@ -157,60 +155,3 @@ def gold_reward(prompt: str, response: str) -> float:
     }
     bad = [s for s in parts if s in RUDE_OPENERS + RUDE_CLOSERS or TOPIC_OF.get(s, topic) != topic]
     return NATS_PER_POINT * (len(good) - len(bad) - 2 * flaws(response))
-
-
-def figures(
-    pairs: list[Pair], ranked: list[bool], answers: dict[str, list[str]]
-) -> dict[str, list[float]]:
-    """What the judge says of a run: `answers` by name, in the order of the pairs' prompts.
-
-    Of each answer its gold reward and whether it is well-formed; and of a reward model, which
-    prefers `chosen` where `ranked` is true, its agreement with the gold reward.
-    """
-    columns: dict[str, list[float]] = {"reward_gold_agreement": agreement(pairs, ranked)}
-    prompts = [pair.prompt for pair in pairs]
-    for name, texts in answers.items():
-        columns[f"gold_{name}"] = list(map(gold_reward, prompts, texts))
-        columns[f"well_formed_{name}"] = list(map(well_formed, prompts, texts))
-    return columns
-
-
-def agreement(pairs: list[Pair], ranked: list[bool]) -> list[bool]:
-    """Whether a reward model, which prefers `chosen` where `ranked` is true, agrees with the gold
-    reward: of each pair whose gold rewards differ."""
-    agrees = []
-    for pair, prefers_chosen in zip(pairs, ranked, strict=True):
-        gold_chosen = gold_reward(pair.prompt, pair.chosen)
-        gold_rejected = gold_reward(pair.prompt, pair.rejected)
-        if gold_chosen != gold_rejected:
-            agrees.append(prefers_chosen == (gold_chosen > gold_rejected))
-    return agrees
-
-
-def wins(scores: list[float], others: list[float]) -> list[float]:
-    """1 where a score is the higher one, ½ at a tie."""
-    paired = zip(scores, others, strict=True)
-    return [(score > other) + 0.5 * (score == other) for score, other in paired]
-
-
-def show(pairs: list[Pair], answers: dict[str, list[str]], figures: dict[str, list]) -> None:
-    """Prints the first five prompts, and what was answered before and after stage 3."""
-    print("\nHeld-out prompts; before each answer stands its score")
-    for i in range(min(5, len(answers["sft"]))):
-        print(f"\n{pairs[i].prompt.removesuffix(ASSISTANT).strip()}")
-        for label, name in (("SFT", "sft"), ("P3O", "policy")):
-            print(f"  {label} {figures[f'score_{name}'][i]:+5.2f}  {answers[name][i].strip()}")
-
-
-def summarize(figures: dict[str, list[float]]) -> dict[str, float]:
-    """Prints and returns the mean of each figure's values, and half its 95 % interval as
-    NAME_ci."""
-    summary = {}
-    print("\nfigure                    mean   95 % interval")
-    for name, values in figures.items():
-        mean = statistics.fmean(values)
-        half = 1.96 * statistics.stdev(values) / math.sqrt(len(values))
-        print(f"{name:22}{mean:8.3f} ± {half:.3f}")
-        summary[name] = mean
-        summary[f"{name}_ci"] = half
-    return summary

@@ -17,6 +17,7 @@ import datasets
 import huggingface_hub
 from tqdm import tqdm
 
+SHIPPED_DATA = Path(__file__).resolve().parent
 HUMAN = "\n\nHuman:"  # how Anthropic HH marks its turns
 ASSISTANT = "\n\nAssistant:"
 
@@ -199,3 +200,49 @@ def hh_turn(message: dict) -> str:
     markers = {"user": HUMAN, "assistant": ASSISTANT}
     marker = markers.get(message["role"], f"\n\n{message['role'].title()}:")
     return f"{marker} {message['content'].strip()}"
+
+
+class Example(NamedTuple):
+    """A preference pair as token ids, with its text."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    text: Pair
+
+
+def tokenize(
+    pairs: list[Pair], tokenizer: Any, prompt_tokens: int, response_tokens: int
+) -> list[Example]:
+    """Turn text into the token ids that all stages share; drop pairs that truncation made equal.
+
+    Raises InputError if fewer than two pairs are left.
+    """
+    examples = []
+    for pair in tqdm(pairs, "tokenizing", leave=False, delay=2):
+        prompt = tokenize_prompt(pair.prompt, tokenizer, prompt_tokens)
+        chosen = tokenize_response(pair.chosen, tokenizer, response_tokens)
+        rejected = tokenize_response(pair.rejected, tokenizer, response_tokens)
+        if chosen != rejected:
+            examples.append(Example(prompt, chosen, rejected, pair))
+    dropped = len(pairs) - len(examples)
+    if dropped:
+        print(f"dropped {dropped} of {len(pairs)} pairs: equal once truncated")
+    if len(examples) < 2:  # a figure's interval takes two values
+        raise InputError("too few pairs are left; raise --response-tokens")
+    return examples
+
+
+def tokenize_prompt(text: str, tokenizer: Any, limit: int) -> list[int]:
+    """Encode a prompt; one that is too long loses its oldest turns, then its first tokens."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    while len(ids) > limit and HUMAN in text[1:]:
+        text = text[text.index(HUMAN, 1) :]  # the oldest turn starts at 0, the next one here
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    return ids[-limit:]
+
+
+def tokenize_response(text: str, tokenizer: Any, limit: int) -> list[int]:
+    """Append EOS unless the response was truncated: stopping is an action to be learned."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return [*ids, tokenizer.eos_token_id][:limit]
