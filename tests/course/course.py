@@ -1,16 +1,16 @@
-"""The assignment kit. Everything is made from p3o.py itself, so starter, solution and tests agree.
+"""The assignment kit. It is made from p3o.py itself, so starter, solution and tests agree.
 
-    python tests/course/course.py handout DIR       # a folder for students, one for the instructor
-    python tests/course/course.py starter mine.py   # p3o.py without the bodies of the eight problems
+    python tests/course/course.py handout DIR       # two folders: for students, for the instructor
+    python tests/course/course.py starter mine.py   # p3o.py without the eight problems' bodies
     python tests/course/course.py grade FILE ...    # points for each problem; runs the files' code
-    python tests/course/course.py hunt DIR NAME ... # a run with a bug for each student
+    python tests/course/course.py hunt DIR NAME ... # for each student, a run with a bug to find
     python tests/course/course.py bug 7 buggy.py    # p3o.py with bug 7 planted
 
-For changes to p3o.py or its tests:
+After a change to p3o.py or its tests:
 
     python tests/course/course.py check             # right solutions pass, wrong ones fail
-    python tests/course/course.py plant             # plant each bug: which tests catch it?
-    python tests/course/course.py plant --named     # does the test that the catalogue names catch it?
+    python tests/course/course.py plant --named     # each bug is caught by the test that names it
+    python tests/course/course.py plant             # list all tests that catch each bug; hours
 
 Test a file with `python -m pytest -q tests --file mine.py`, and one problem with `-m problem_3`.
 """
@@ -20,8 +20,8 @@ import ast
 import contextlib
 import csv
 import functools
+import importlib
 import json
-import math
 import multiprocessing.connection
 import os
 import random
@@ -47,8 +47,8 @@ from problems import PROBLEMS  # noqa: E402
 from wrong import SICK, WRONG, Sick, Wrong  # noqa: E402
 
 ROOT = TESTS.parent
-SOURCE = (ROOT / "p3o.py").read_text()
 PAGES = TESTS / "course"
+SOURCE = (ROOT / "p3o.py").read_text()
 NUMBERS = {name: number for number, name in enumerate(PROBLEMS, 1)}
 LETTERS = dict(zip(sorted(sick.diagnosis for sick in SICK), string.ascii_uppercase, strict=False))
 HUNT_OPTIONS = ["--small"]
@@ -78,25 +78,26 @@ def functions(source: str) -> dict[str, Function]:
     return found
 
 
-def with_body(source: str, name: str, body: str) -> str:
-    """Return the source with another body of a function. The docstring stays."""
+def with_bodies(source: str, bodies: dict[str, str]) -> str:
+    """Return the source with other bodies of some functions. The docstrings stay."""
     lines = source.splitlines(keepends=True)
-    function = functions(source)[name]
-    lines[function.first : function.last] = [body]
+    for name, function in reversed(functions(source).items()):  # from the end of the file
+        if name in bodies:
+            lines[function.first : function.last] = [bodies[name]]
     return "".join(lines)
 
 
+@functools.cache
 def starter(first: int = 1) -> str:
     """Return p3o.py without the bodies of problem `first` and all later ones.
 
     The docstrings stay: they are the specification.
     """
-    source = SOURCE
+    empty = {}
     for name, number in NUMBERS.items():
         if number >= first:
-            empty = f'    raise NotImplementedError("problem {number}: {name}")\n'
-            source = with_body(source, name, empty)
-    return source
+            empty[name] = f'    raise NotImplementedError("problem {number}: {name}")\n'
+    return with_bodies(SOURCE, empty)
 
 
 @functools.cache
@@ -156,25 +157,17 @@ class Recorder:
 
 @functools.cache
 def import_once() -> None:
-    """Import everything that a run of the tests needs, so that a forked process has it already.
-
-    p3o.py and what imports it are then forgotten: each process loads its own.
-    """
-    alone = {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-    }
-    os.environ.update(alone)  # a core for each process; a GPU cannot be used after a fork
-    path = sys.path.copy()
+    """Import what every run of the tests needs. Then forget p3o.py: each run loads its own."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # a core for each process
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a forked process cannot use a GPU
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path.insert(0, str(ROOT))
-    import matplotlib.pyplot
-    import toys
-    import transformers.models.gpt2.modeling_gpt2
-
-    sys.path[:] = path
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
+    for name in ("matplotlib.pyplot", "p3o", *models):
+        importlib.import_module(name)
+    sys.path.remove(str(ROOT))
     for name in list(sys.modules):
-        if name.split(".")[0] in ("p3o", "toys", "data"):
+        if name.split(".")[0] in ("p3o", "data"):
             del sys.modules[name]
 
 
@@ -217,36 +210,40 @@ def kill(process: multiprocessing.Process) -> None:
 def run_tests(jobs: list[Job], seconds: float = 3600) -> Iterator[Result]:
     """Run the tests for each job in a process of its own, one per core at a time.
 
-    Yields the results in the order of the jobs. A job that takes longer than `seconds` is killed.
-    Processes are forked from this one, which has the large packages: it saves seconds for each.
+    Yields the results in the order of the jobs. Kills a job that takes longer than `seconds`. The
+    processes are forked from this one, so that none has to import the large packages.
     """
     import_once()
-    forked = multiprocessing.get_context("fork")
-    running = {}  # sentinel: process, number of its job, deadline; the oldest first
-    results = {}
-    started = 0
+    fork = multiprocessing.get_context("fork")
+    results = {}  # number of the job: result
+    running = {}  # sentinel: number of the job, process, deadline; the oldest first
+    started = finished = 0
     with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(number) for number in range(len(jobs))]
         try:
-            for number in range(len(jobs)):
-                while number not in results:
-                    while started < len(jobs) and len(running) < os.cpu_count():
-                        folder = Path(name) / str(started)
-                        folder.mkdir()
-                        process = forked.Process(target=run_one, args=(jobs[started], folder))
-                        process.start()
-                        running[process.sentinel] = process, started, time.monotonic() + seconds
-                        started += 1
+            while finished < len(jobs):
+                if finished in results:
+                    yield results.pop(finished)
+                    finished += 1
+                elif started < len(jobs) and len(running) < os.cpu_count():
+                    folders[started].mkdir()
+                    process = fork.Process(target=run_one, args=(jobs[started], folders[started]))
+                    process.start()
+                    running[process.sentinel] = started, process, time.monotonic() + seconds
+                    started += 1
+                else:
                     oldest = next(iter(running))
-                    left = running[oldest][2] - time.monotonic()
-                    ended = multiprocessing.connection.wait(running, max(left, 0))
-                    for sentinel in ended or [oldest]:
-                        process, which, _ = running.pop(sentinel)
-                        kill(process)  # and what it started
-                        late = Result([], {}, f"stopped after {seconds:.0f} seconds")
-                        results[which] = result_of(Path(name) / str(which)) if ended else late
-                yield results.pop(number)
+                    left = max(running[oldest][-1] - time.monotonic(), 0)
+                    ended = multiprocessing.connection.wait(running, left)
+                    number, process, _ = running.pop(ended[0] if ended else oldest)
+                    kill(process)  # and what it started
+                    results[number] = (
+                        result_of(folders[number])
+                        if ended
+                        else Result([], {}, f"stopped after {seconds:.0f} seconds")
+                    )
         finally:
-            for process, _, _ in running.values():
+            for _, process, _ in running.values():
                 kill(process)
 
 
@@ -337,20 +334,22 @@ def hunted(name: str, known: int) -> tuple[Sick, str, range]:
     """
     rng = random.Random(name)
     sick = rng.choice([sick for sick in SICK if NUMBERS[sick.wrong.problem] <= known])
-    source = starter(known + 1)
+    bodies = {}
     for problem in list(PROBLEMS)[:known]:
         styles = [style for style in right() if style.split("__")[0] == problem]
-        source = with_body(source, problem, right()[rng.choice(styles)])
-    bad = wrong_body(sick.wrong)
-    source = with_body(source, sick.wrong.problem, bad)
-    before = source[: source.index(bad)] + bad.split(sick.wrong.new)[0]
+        bodies[problem] = right()[rng.choice(styles)]
+    wrong = bodies[sick.wrong.problem] = wrong_body(sick.wrong)
+    source = with_bodies(starter(known + 1), bodies)
+    before = source[: source.index(wrong)] + wrong.split(sick.wrong.new)[0]
     first = before.count("\n") + 1
     return sick, source, range(first, first + sick.wrong.new.count("\n") + 1)
 
 
 def sick_run(sick: Sick | None, out: Path) -> None:
     """Make a small run with a bug, or without. What it prints goes to output.txt in `out`."""
-    source = with_body(SOURCE, sick.wrong.problem, wrong_body(sick.wrong)) if sick else SOURCE
+    source = SOURCE
+    if sick:
+        source = with_bodies(source, {sick.wrong.problem: wrong_body(sick.wrong)})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "p3o.py"
         file.write_text(source)
@@ -365,6 +364,8 @@ def sick_run(sick: Sick | None, out: Path) -> None:
 
 def hunt(folder: Path, names: list[str], known: int) -> None:
     """Write each student's symptoms, each student's source, and key.csv with all answers."""
+    if not names:
+        raise ValueError("name the students, or give their --answers")
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"{name!r} is no file name; use a name without a slash")
@@ -513,23 +514,24 @@ def check() -> int:
         cases.append((f"{problem}: not solved", unsolved, f"NotImplementedError: problem {number}"))
         for style, body in right().items():
             if style.startswith(f"{problem}__"):
-                text = with_body(starter(number + 1), problem, body)
+                text = with_bodies(starter(number + 1), {problem: body})
                 cases.append((style, Job(text, tests), ""))
         for wrong in WRONG:
             if wrong.problem == problem:
-                text = with_body(starter(number + 1), problem, wrong_body(wrong))
+                text = with_bodies(starter(number + 1), {problem: wrong_body(wrong)})
                 cases.append((f"{problem}: {wrong.mistake}", Job(text, ["-x", *tests]), wrong.says))
     misjudged = 0
     results = run_tests([job for _, job, _ in cases])
     for (title, job, says), result in zip(cases, results, strict=True):
         test, message = next(iter(result.failed.items()), ("", result.trouble))
-        fine = says in message if says else not message
+        said = f"{test}: {message}"
+        fine = says in said if says else not message
         if "-x" not in job.options:  # all must pass, or all must fail
             fine = fine and not (result.passed and result.failed)
         misjudged += not fine
         print(f"{'ok   ' if fine else 'WRONG'} {title}", flush=True)
         if message:
-            print(f"        {test}: {message[:150]}", flush=True)
+            print(f"        {said[:200]}", flush=True)
     print(f"{len(cases) - misjudged} of {len(cases)} files judged right")
     return misjudged
 
@@ -563,56 +565,33 @@ def plant(named: bool) -> int:
 def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    add = parser.add_subparsers(dest="command", metavar="COMMAND", required=True).add_parser
     numbers = range(1, len(PROBLEMS) + 1)
-
-    def command(name: str, about: str, arguments: dict) -> None:
-        added = commands.add_parser(name, help=about)
-        for argument, options in arguments.items():
-            added.add_argument(argument, **options)
-
-    command(
-        "handout",
-        "write a folder for students, without answers, and one for the instructor",
-        {"folder": dict(type=Path)},
+    handout_command = add("handout", help="write a folder for students and one for the instructor")
+    handout_command.add_argument("folder", type=Path)
+    starter_command = add("starter", help="write p3o.py without the eight problems' bodies")
+    starter_command.add_argument("file", type=Path)
+    grade_command = add("grade", help="give points for each problem; runs the files' code")
+    grade_command.add_argument("files", type=Path, nargs="+")
+    grade_command.add_argument("--problem", type=int, choices=numbers, help="grade only this one")
+    grade_command.add_argument("--seconds", type=float, default=120, help="limit for a problem")
+    grade_command.add_argument("--csv", type=Path, help="write a table")
+    grade_command.add_argument("--json", type=Path, help="write Gradescope's results.json files")
+    hunt_command = add("hunt", help="write, for each student, a run with a bug to find")
+    hunt_command.add_argument("folder", type=Path)
+    hunt_command.add_argument("names", nargs="*", metavar="NAME", help="a student")
+    hunt_command.add_argument(
+        "--solved", type=int, choices=numbers, default=8, help="show problems 1 to this one solved"
     )
-    command(
-        "starter",
-        "write p3o.py without the bodies of the eight problems",
-        {"file": dict(type=Path)},
+    hunt_command.add_argument(
+        "--answers", type=Path, help="check a table with the columns name, diagnosis and line"
     )
-    command(
-        "grade",
-        "give points for each problem; runs the files' code",
-        {
-            "files": dict(type=Path, nargs="+"),
-            "--problem": dict(type=int, choices=numbers, help="grade this problem only"),
-            "--seconds": dict(type=float, default=120, help="time limit of a problem"),
-            "--csv": dict(type=Path, help="write a table"),
-            "--json": dict(type=Path, help="write Gradescope's results.json for each file"),
-        },
-    )
-    command(
-        "hunt",
-        "write a run with a bug, and the source to find it in, for each student",
-        {
-            "folder": dict(type=Path),
-            "names": dict(nargs="*", metavar="NAME", help="a student's name"),
-            "--solved": dict(type=int, choices=numbers, default=8, help="show problems 1 to this"),
-            "--answers": dict(type=Path, help="check a table with columns name, diagnosis, line"),
-        },
-    )
-    command(
-        "bug",
-        "write p3o.py with a bug planted",
-        {"number": dict(type=int, help=f"1 to {len(BUGS)}"), "file": dict(type=Path)},
-    )
-    command("check", "show that right solutions pass, and wrong ones and the starter fail", {})
-    command(
-        "plant",
-        "plant each bug and name the tests that catch it",
-        {"--named": dict(action="store_true", help="run only the test that the catalogue names")},
-    )
+    bug_command = add("bug", help="write p3o.py with a bug planted")
+    bug_command.add_argument("number", type=int, help=f"1 to {len(BUGS)}")
+    bug_command.add_argument("file", type=Path)
+    add("check", help="show that right solutions pass, and that wrong ones fail")
+    plant_command = add("plant", help="plant each bug and list the tests that catch it")
+    plant_command.add_argument("--named", action="store_true", help="run only the test it names")
     args = parser.parse_args()
     if args.command == "check":
         return int(check() > 0)
@@ -626,20 +605,22 @@ def main() -> int:
             write_grades(grade(args.files, chosen, args.seconds), args.csv, args.json)
         elif args.command == "hunt" and args.answers:
             hunt_results(args.folder / "key.csv", args.answers)
-        elif args.command == "hunt" and args.names:
-            hunt(args.folder, args.names, args.solved)
         elif args.command == "hunt":
-            parser.error("name the students, or give their --answers")
-        elif args.command == "bug" and not 1 <= args.number <= len(BUGS):
-            parser.error(f"there is no bug {args.number}, only 1 to {len(BUGS)}")
+            hunt(args.folder, args.names, args.solved)
+        elif args.command == "starter":
+            write_new(args.file, starter())
+        elif 1 <= args.number <= len(BUGS):
+            write_new(args.file, planted(BUGS[args.number - 1]))
         else:
-            with args.file.open("x") as file:
-                file.write(
-                    starter() if args.command == "starter" else planted(BUGS[args.number - 1])
-                )
+            parser.error(f"there is no bug {args.number}, only 1 to {len(BUGS)}")
     except (OSError, ValueError) as error:
-        parser.error(f"{error}; choose another name")
+        parser.error(str(error))
     return 0
+
+
+def write_new(file: Path, text: str) -> None:
+    with file.open("x") as out:
+        out.write(text)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ for mistake, (solution, says), old, new in entries(r"""
 # tokens after EOS counted as response
   sample
 > EOS
--(unread != model.config.eos_token_id).nonzero()
-+torch.ones_like(unread).nonzero()
+-(input_ids != model.config.eos_token_id).nonzero()
++torch.ones_like(input_ids).nonzero()
 # score read at column −1
   reward_scores__gather
 > behind the last response token
@@ -226,10 +226,8 @@ for mistake, (solution, says), old, new in entries(r"""
 # the policy as its own reference
   train_policy
 > XX
--ref_logprobs = in_parts(
--            partial(sequence_logprobs, reference)
-+ref_logprobs = in_parts(
-+            partial(sequence_logprobs, policy)
+-sequence_logprobs(reference, *part)
++sequence_logprobs(policy, *part)
 # π_old computed anew at every update
   train_policy__helpers
 > π_old
