@@ -20,6 +20,7 @@ import ast
 import contextlib
 import csv
 import functools
+import gc
 import importlib
 import json
 import multiprocessing.connection
@@ -169,6 +170,7 @@ def import_once() -> None:
     for name in list(sys.modules):
         if name.split(".")[0] in ("p3o", "data"):
             del sys.modules[name]
+    gc.freeze()  # pytest collects garbage at its end, and need not look through all of this
 
 
 def run_one(job: Job, folder: Path) -> None:
@@ -539,23 +541,32 @@ def check() -> int:
 def plant(named: bool) -> int:
     """Plant each bug, and return the number of those that their test does not catch.
 
-    Prints all tests that catch a bug; if `named`, runs only the one that the catalogue names.
+    Prints all tests that catch a bug. If `named`, runs only the one that the catalogue names. First
+    of all, the tests must pass without a bug.
     """
     bugs = BUGS + DATA_BUGS
-    jobs = []
+    tests = {bug.caught_by: str(TESTS) for bug in bugs}
+    if named:
+        for test in tests:
+            (file,) = files_with(rf"\ndef {test}\(")
+            tests[test] = f"{file}::{test}"
+    file = DATA_BUGS[0].file
+    jobs = [Job((ROOT / file).read_text(), sorted(set(tests.values())), file)]
     for bug in bugs:
-        options = [str(TESTS)]
-        if named:
-            (file,) = files_with(rf"\ndef {bug.caught_by}\(")
-            options = ["-x", f"{file}::{bug.caught_by}"]
-        jobs.append(Job(planted(bug), options, bug.file))
+        options = ["-x"] if named else []
+        jobs.append(Job(planted(bug), [*options, tests[bug.caught_by]], bug.file))
+    results = run_tests(jobs)
+    if failed := next(results).failed:
+        sys.exit(f"without any bug, these tests fail: {', '.join(failed)}")
     missed = 0
-    for number, (bug, result) in enumerate(zip(bugs, run_tests(jobs), strict=True), 1):
+    for number, (bug, result) in enumerate(zip(bugs, results, strict=True), 1):
         failed = {name.split("[")[0] for name in result.failed}
-        caught = bug.caught_by in failed
-        missed += not caught
-        print(f"{number:3} {'caught' if caught else 'MISSED'}  {bug.name}  {result.trouble}")
-        print(f"      by {bug.caught_by}", flush=True)
+        verdict = "caught" if bug.caught_by in failed else "MISSED"
+        missed += verdict == "MISSED"
+        print(
+            f"{number:3} {verdict}  {bug.name}  {result.trouble}\n      by {bug.caught_by}",
+            flush=True,
+        )
         for test in sorted(failed - {bug.caught_by}):
             print(f"         {test}")
     print(f"{len(bugs) - missed} of {len(bugs)} bugs caught by the test that names them")

@@ -288,46 +288,35 @@ def p3o_loss__signs(
     return -0.5 * terms.mean(), metrics
 
 
-def p3o_loss__one_pair_at_a_time(
+def p3o_loss__one_response_at_a_time(
     logprobs, old_logprobs, ref_logprobs, scores, *, beta, clip, clip_range, ratio_bound
 ):
-    objectives, stops, drifts, ratios, gaps = [], [], [], [], []
-    for new, old, ref, r in zip(logprobs, old_logprobs, ref_logprobs, scores, strict=True):
-        a = new - old.detach()
-        h = (new - ref).detach()
-        q = r.detach()[0] - r.detach()[1] - beta * (h[0] - h[1])
-        if clip == "separate":
-            rho = torch.exp(torch.clamp(a, max=20))
-            held = rho.detach().clip(1 / ratio_bound, ratio_bound)
-            total = 0
-            for mine, partner, direction in ((0, 1, 1), (1, 0, -1)):
-                free = direction * q * held[partner] * rho[mine]
-                cut = direction * q * held[partner] * rho[mine].clip(1 - clip_range, 1 + clip_range)
-                total = total + torch.minimum(free, cut)
-                stops.append((cut < free).to(a.dtype))
-        elif clip in ("joint", "none"):
-            weight = torch.exp(a.detach().sum())
-            u = a[0] - a[1]
-            cut = total = q * weight * u
-            if clip == "joint":
-                weight = weight.clip(1 / ratio_bound, ratio_bound)
-                total = q * weight * u
-                cut = q * weight * u.clip(-clip_range, clip_range)
-            stops.append((cut < total).to(a.dtype))
-            total = torch.minimum(total, cut)
-        else:
-            raise ValueError("clip must be joint, separate or none")
-        objectives.append(total / 2)
-        drifts.append(a.detach() ** 2 / 2)
-        ratios.append(a.detach().exp())
-        gaps.append(q.abs())
+    moved = logprobs - old_logprobs.detach()
+    h = (logprobs - ref_logprobs).detach()
+    q = (scores[:, 0] - scores[:, 1]).detach() - beta * (h[:, 0] - h[:, 1])
+    if clip == "separate":
+        terms = []
+        for mine, partner, push in ((0, 1, q), (1, 0, -q)):
+            rho, other = moved[:, mine].clamp(max=20).exp(), moved[:, partner].detach().exp()
+            push = push * other.clip(1 / ratio_bound, ratio_bound)
+            terms.append((push * rho, push * rho.clip(1 - clip_range, 1 + clip_range)))
+    elif clip in ("joint", "none"):
+        push = q * torch.exp(moved.detach().sum(1))
+        u = cut = moved[:, 0] - moved[:, 1]
+        if clip == "joint":
+            push = q * torch.exp(moved.detach().sum(1)).clip(1 / ratio_bound, ratio_bound)
+            cut = u.clip(-clip_range, clip_range)
+        terms = [(push * u, push * cut)]
+    else:
+        raise ValueError("clip must be joint, separate or none")
+    objective = sum(torch.minimum(free, cut) for free, cut in terms) / 2
     metrics = {
-        "policy/clipfrac": torch.stack(stops).mean(),
-        "policy/approxkl": torch.stack(drifts).mean(),
-        "policy/ratio": torch.stack(ratios).mean(),
-        "objective/q": torch.stack(gaps).mean(),
+        "policy/clipfrac": torch.cat([cut < free for free, cut in terms]).double().mean(),
+        "policy/approxkl": (moved.detach() ** 2 / 2).mean(),
+        "policy/ratio": moved.detach().exp().mean(),
+        "objective/q": q.abs().mean(),
     }
-    return -torch.stack(objectives).mean(), metrics
+    return -objective.mean(), metrics
 
 
 # ---- 7 -------------------------------------------------------------------------------------

@@ -157,18 +157,18 @@ for mistake, (solution, says), old, new in entries(r"""
 -(logprobs - ref_logprobs).detach() * sign
 +(logprobs - ref_logprobs) * sign
 # the KL of the sampling policy
-  p3o_loss__one_pair_at_a_time
+  p3o_loss__one_response_at_a_time
 > not π_old
--h = (new - ref).detach()
-+h = (old - ref).detach()
+-h = (logprobs - ref_logprobs).detach()
++h = (old_logprobs - ref_logprobs).detach()
 # the KL of the wrong sign
   p3o_loss
-> XX
+> the loss should be −J
 -.detach() - beta * (h[:, 0] - h[:, 1])
 +.detach() + beta * (h[:, 0] - h[:, 1])
 # J minimised, not −J
   p3o_loss__signs
-> XX
+> in the gradient ½
 -return -0.5 * terms.mean(), metrics
 +return 0.5 * terms.mean(), metrics
 # no importance weight
@@ -210,7 +210,7 @@ for mistake, (solution, says), old, new in entries(r"""
 +new = response_logprobs(policy, ids[k], mask[k]).mean(-1)
 # the mean over tokens everywhere
   train_policy__helpers
-> XX
+> belong
 -response_logprobs(model, ids, mask).sum(-1)
 +response_logprobs(model, ids, mask).mean(-1)
 # scores in another order than the log-probs
@@ -220,12 +220,12 @@ for mistake, (solution, says), old, new in entries(r"""
 +                        r[torch.arange(len(k))],
 # samples from the reference
   train_policy__lists
-> XX
+> references_log_probs
 -ids, mask = sample(policy, chosen
 +ids, mask = sample(reference, chosen
 # the policy as its own reference
   train_policy
-> XX
+> not the reference's
 -sequence_logprobs(reference, *part)
 +sequence_logprobs(policy, *part)
 # π_old computed anew at every update
