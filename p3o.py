@@ -7,56 +7,66 @@
     python p3o.py --small   # a tiny GPT-2 on the data in data/: a minute on a laptop, offline
     python p3o.py           # GPT-2 (124M) on Anthropic HH, on one GPU
 
-Read it from top to bottom. x is a prompt, y a whole response with its end-of-sequence token
-(EOS). Of a preference pair, y_w was preferred to y_l. Each stage is one function:
+Read it from top to bottom. x is a prompt. y is a whole response: it ends with an end-of-sequence
+token (EOS) unless it was truncated. π(y|x) is the probability that a language model, the policy,
+gives to y. r(x, y) is a reward: how good y is. Of a preference pair, y_w was preferred to y_l.
 
-    1  SFT      maximise log π(y_w|x) = Σ_t log π(y_w^t | x, y_w^<t)            train_sft
-    2  reward   minimise −E log σ( r(x, y_w) − r(x, y_l) )                      train_reward
-       gain     rescale r once so that r_1 − r_2 has size 1 and β has a unit    set_gain
-    3  P3O      maximise E r(x, y) − β KL(π‖π_ref)                              train_policy
+    1  SFT      supervised fine-tuning: maximise log π(y_w|x) = Σ_t log π(y_w^t | x, y_w^<t)
+                                                                                train_sft
+    2  reward   Bradley-Terry: minimise −E log σ( r(x, y_w) − r(x, y_l) ),      train_reward
+                σ the logistic function
+       gain     rescale r once, so that r differs by 1 (root mean square)       set_gain
+                between two responses of the SFT model
+    3  P3O      maximise J = E r(x, y) − β KL(π‖π_ref)                          train_policy
 
 The reward model and the policy both start from the SFT model. A frozen copy of it is π_ref.
 Dropout is off in every stage.
 
 Why pairs? Preferences determine r only up to an offset δ(x): r and r + δ(x) give each
-preference the same probability. Each sample's PPO update depends on δ(x). P3O's update does
-not, because it uses r only as r_1 − r_2.
+preference the same probability. PPO, the usual algorithm of RLHF, weighs each response by its
+own reward, so its updates depend on δ(x), as far as its value network has not learned δ(x).
+P3O's updates do not depend on it at all, because they use r only as r_1 − r_2, for two responses
+to the same prompt.
 
-From the objective of stage 3 to its loss, with y_1 and y_2 drawn independently from π(·|x):
+From J to the loss. Let y_1 and y_2 be drawn independently from π(·|x), r_i = r(x, y_i), and
 
     (1)  h_i = log π(y_i|x) − log π_ref(y_i|x)        ρ_i = π(y_i|x) / π_old(y_i|x)
     (2)  q = sg[ r_1 − r_2 − β (h_1 − h_2) ]          sg: stop-gradient
 
-The objective is E[ r − β h ], over prompts x and responses y ∼ π. REINFORCE gives its gradient
-as E[ sg[r_1 − β h_1] ∇ log π(y_1|x) ]. Two terms drop out of it because E_π ∇ log π = 0: the
-gradient of h itself, and any baseline that does not depend on y_1. The partner's r_2 − β h_2 is
-such a baseline, and subtracting it leaves E[ q ∇ log π(y_1|x) ]. With the roles of y_1 and y_2
-swapped, the same gradient is E[ −q ∇ log π(y_2|x) ]. Their mean, hence the ½, is
-E ½ q ∇ log( π(y_1|x) / π(y_2|x) ). But our pairs were sampled some updates ago, by an older
-policy π_old. One importance weight ρ_i for each response corrects for that:
+KL(π‖π_ref) = E_π h, so J = E[ r − β h ], over prompts x and responses y ∼ π. For any f(y),
+∇ E_π f = E_π[ f ∇ log π + ∇f ]. Hence ∇J = E[ (r_1 − β h_1) ∇ log π(y_1|x) ] − β E[ ∇h_1 ].
+As ∇h = ∇ log π and E_π ∇ log π = 0, the second term is zero. For the same reason, a baseline
+that does not depend on y_1 may be subtracted in the first term. The partner's r_2 − β h_2 is
+one, which leaves E[ q ∇ log π(y_1|x) ]. With the roles of y_1 and y_2 swapped, the same gradient
+is E[ −q ∇ log π(y_2|x) ]. The mean of the two, hence the ½, is E ½ q ∇ log(π(y_1|x)/π(y_2|x)).
+But our pairs were sampled some updates ago, by an older policy π_old. An importance weight ρ_i
+for each response corrects for that:
 
-    (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )          E over x and y_1, y_2 ∼ π_old
+    (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )         E over x and y_1, y_2 ∼ π_old
 
-Two objectives have this gradient, up to their clips. The paper calls them V1 and V2.
+The loss is −L, and L has two forms. Both have gradient (3) as long as nothing is clipped. The
+paper calls them V1 and V2, and finds V2 steadier, so V2 is the default. As in PPO, ε = 0.2
+limits how far an update may go. Ratios that only weigh, w and ρ̄ = clip(ρ, 1/c, c), are
+clipped by c = 10, so that no pair dominates an update or drops out of it.
 
     (4)  V2, clip="joint", moves u = log(ρ_1/ρ_2). As π_old is fixed, ∇u = ∇ log(π(y_1)/π(y_2)):
-         J = E ½ min( q w u,  q w clip(u, −ε, ε) )             w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
+         L = E ½ min( q w u,  q w clip(u, −ε, ε) )             w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
     (5)  V1, clip="separate", moves one ratio at a time, and ∇ρ_1 = ρ_1 ∇ log π(y_1|x):
-         J = E ½ { min(  q sg[ρ̄_2] ρ_1,   q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
+         L = E ½ { min(  q sg[ρ̄_2] ρ_1,   q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
                  + min( −q sg[ρ̄_1] ρ_2,  −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) }
 
-The clip at ε is PPO's: once u (or a ratio) has moved by ε in the direction in which q pushes,
-min() picks the constant and the gradient is zero. It never stops a move back. Ratios used only
-as weights are clipped to [1/c, c], written ρ̄, which bounds the variance. Nothing pushes at
-q = 0, and q = 0 for all pairs means π ∝ π_ref exp(r/β), the known optimum.
+Once u (in V1, a ratio) has moved by ε in the direction in which q pushes, min() picks the
+clipped term, which is constant, so the gradient is zero. It never stops a move back. At the
+optimum, π ∝ π_ref exp(r/β), every q is 0.
 
 Three sizes in stage 3: each iteration samples --pairs pairs, each update takes --minibatch of
 them, and --micro-batch of those pass through the model at a time. The last one saves memory and
 changes no update.
 
-Left out: a value network and GAE (a response is one action, its partner the baseline),
-whitening and clipping of scores (they would bring δ(x) back), a KL loss (q holds the KL),
-several GPUs and LoRA (tests/own/trl_p3o.py hands over to TRL).
+Left out: PPO's value network and its advantages per token (the partner is the baseline of the
+whole response), clipping scores or dividing them by their spread (δ(x) would matter again), a
+KL loss (q holds the KL), several GPUs and LoRA (tests/own/trl_p3o.py hands over to the library
+TRL).
 """
 
 import contextlib
@@ -103,16 +113,17 @@ from data.preferences import (
     try_hub,
 )
 
-GAIN_PROMPTS = 128  # enough to estimate the size of r_1 − r_2 to about 6 %
+GAIN_PROMPTS = 128  # pairs; their r_1 − r_2 give its size to about 6 % (standard error)
 CHECKPOINT_EVERY = 20  # iterations of stage 3
-ROUNDING = 1e-3  # nats: two computations of one response's log-probability differ by less
+ROUNDING = 1e-3  # nats by which two computations of the same log π(y|x) may differ
 STAGES = ("sft", "reward", "p3o")
 LogStep = Callable[[int, dict[str, float]], None]  # is given a step and its metrics
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
-    # fp32 with TF32 products, not bf16: bf16 rounding alone moves log(ρ_1/ρ_2) past ε
+    # fp32 with TF32 products, which round log π(y|x) by some 0.03 nats. In bf16 it would be some
+    # 0.3, and log(ρ_1/ρ_2) would pass ε by rounding alone
     torch.set_float32_matmul_precision("high")
-    ROUNDING = 1.0
+    ROUNDING = 1.0  # a coarse check, but dropout, for one, moves it by several nats
 
 
 # ---- Configuration: each field is a command-line option ------------------------------------
@@ -149,6 +160,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            # two answers to compute an interval from, else 1 for a count and 0 for a number
             least = {"seed": 0, "eval_prompts": 2}.get(f.name, int(f.type is int))
             if f.type in (int, float) and not least <= value < math.inf:  # NaN fails, too
                 raise InputError(f"--{f.name} must be a number of at least {least}, not {value}")
@@ -187,7 +199,7 @@ def collate(
     masks = []
     for prompt, response in zip(prompts, responses, strict=True):
         rows.append(torch.tensor(prompt + response))
-        # NOTE never computed as ids != pad: if pad = EOS, that would hide the EOS action
+        # NOTE never computed as ids != pad: if pad = EOS, that would leave out EOS
         masks.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
     ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)  # (N, T)
     response_mask = pad_sequence(masks, batch_first=True)  # (N, T), False on padding
@@ -220,7 +232,8 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if cfg.prompt_tokens + cfg.response_tokens > positions:
         raise InputError(f"--prompt-tokens + --response-tokens must be at most {positions}")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        # NOTE with pad = EOS the library's classifier reads the score one token early
+        # NOTE with pad = EOS, transformers' own forward() of the saved reward model would read
+        # the score one token early
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         model.resize_token_embeddings(len(tokenizer))
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -228,6 +241,7 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # so that generate() on a saved model samples as `sample` does, without filters or penalties
     model.generation_config = GenerationConfig(
         do_sample=True,
+        temperature=1.0,  # said, or pipeline() would take 0.7
         top_k=0,
         max_new_tokens=cfg.response_tokens,
         eos_token_id=tokenizer.eos_token_id,
@@ -281,11 +295,13 @@ def sample(
         logits = model.get_output_embeddings()(out.last_hidden_state[:, -1])  # (N, V)
         # NOTE temperature 1, all tokens: with top-k, samples would not follow the scored policy
         probs = logits.float().softmax(-1)  # (N, V)
-        # inverse of the cumulative distribution; on a CPU ten times as fast as multinomial
+        # inverse of the cumulative distribution: on a CPU ten times as fast as multinomial, and
+        # in float64, so that summing up loses no small probability
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
         point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
         drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
-        input_ids = drawn.clamp(max=cdf.shape[1] - 1)  # NaN would point past the vocabulary
+        # rounding could point past the vocabulary, as NaN does (`gradient_step` reports that)
+        input_ids = drawn.clamp(max=cdf.shape[1] - 1)
         for row, token in zip(unfinished.tolist(), input_ids.flatten().tolist(), strict=True):
             responses[row].append(token)
         # finished rows leave the batch, so that no more passes are spent on them
@@ -293,7 +309,7 @@ def sample(
         if len(going_on) == 0:
             break
         if len(going_on) < len(unfinished):
-            cache.reorder_cache(going_on)
+            cache.reorder_cache(going_on)  # keeps these rows only
             input_ids = input_ids[going_on]
             n_pad = n_pad[going_on]
             unfinished = unfinished[going_on]
@@ -304,25 +320,26 @@ def sample(
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
     """Return log π(y^t | x, y^<t) of each response token in nats, and 0 elsewhere.
 
-    ids and response_mask are (…, T), the result is (…, T−1): token t is predicted from the
-    tokens before it, so its log-probability is in column t−1. No attention mask is needed:
-    padding is on the right, where a causal model never looks, and positions count from 0.
+    ids and response_mask are (…, T) with any leading shape; the result is (…, T−1). Its column t
+    belongs to token t+1, which is predicted after token t. No attention mask is needed: padding
+    is on the right, where a causal model never looks, and positions count from 0.
 
-    - `model.base_model` gets ids as (N, T), alone. Trailing columns that hold no response token
-      may be left out.
+    - `model.base_model` is called with ids of shape (N, T) and nothing else. Columns after the
+      last response token may be cut off.
     - Only hidden states that predict a response token are used, and only they pass through
-      `model.get_output_embeddings()`. NaN in any other does no harm.
+      `model.get_output_embeddings()`. The others may hold anything, even NaN (NaN · 0 is NaN, so
+      select, do not multiply).
     - The softmax is in fp32, whatever the model's dtype.
     """
-    predicted = response_mask[..., 1:]  # (…, T−1): is token t+1 a response token?
-    # the cumsum reaches its maximum at the last True; later columns need not be computed
-    end = predicted.cumsum(-1).argmax(-1).max() + 1
+    is_target = response_mask[..., 1:]  # (…, T−1): column t: is token t+1 a response token?
+    # argmax returns the first maximum of the cumsum, so the last True of each row
+    end = is_target.cumsum(-1).argmax(-1).max() + 1  # nothing after it is computed
     hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
-    used = hidden[predicted.flatten(0, -2)[:, :end]]  # (n, D): after token t
-    logits = model.get_output_embeddings()(used).float()  # (n, V)
-    targets = ids[..., 1:][predicted]  # (n,)
-    picked = -F.cross_entropy(logits, targets, reduction="none")  # (n,)
-    return picked.new_zeros(predicted.shape).masked_scatter(predicted, picked)  # (…, T−1)
+    used = hidden[is_target.flatten(0, -2)[:, :end]]  # (R, D), R response tokens in all
+    logits = model.get_output_embeddings()(used).float()  # (R, V)
+    targets = ids[..., 1:][is_target]  # (R,)
+    picked = -F.cross_entropy(logits, targets, reduction="none")  # (R,)
+    return picked.new_zeros(is_target.shape).masked_scatter(is_target, picked)  # (…, T−1)
 
 
 def sequence_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -334,8 +351,8 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     """Return r(x, y), read at the response's last token: (…) from ids and response_mask (…, T).
 
     - The score is `model.score` of the hidden state at that token, EOS if the response has one.
-      `model.base_model` gets ids as (N, T), as in `response_logprobs`.
-    - No other hidden state is used, so NaN there does no harm.
+      `model.base_model` is called as in `response_logprobs`.
+    - Other hidden states are not used. They may hold anything, even NaN.
     """
     last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)  # (N,): the last True
     end = last.max() + 1
@@ -364,7 +381,9 @@ def finished(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tens
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """Return the mean of −log σ(r_w − r_l) in nats: (B,), (B,) → scalar (Bradley & Terry 1952).
 
-    >>> bradley_terry_loss(torch.tensor([102.0]), torch.tensor([101.0]))  # 100 has no effect
+    >>> bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0]))
+    tensor(0.3133)
+    >>> bradley_terry_loss(torch.tensor([102.0]), torch.tensor([101.0]))  # δ = 100 on both
     tensor(0.3133)
     """
     # NOTE log(sigmoid(−200)) is −inf, logsigmoid(−200) is −200
@@ -382,16 +401,17 @@ def p3o_loss(
     clip_range: float = 0.2,
     ratio_bound: float = 10.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss −J of equation (4) or (5), a mean over pairs, and metrics.
+    """Return the loss −L of equation (4) or (5), a mean over pairs, and metrics.
 
     Tensors are (B, 2), a pair a row: log π(y|x) in nats, summed over the response, under the
     current, the sampling and the reference policy, and the scores r(x, y). `clip_range` is ε,
     `ratio_bound` is c. From the P3O paper, section 4.2.
 
-    - clip="joint" is P3O (V2), "separate" is P3O (V1). "none" is J = E ½ q sg[ρ_1 ρ_2] u, whose
-      gradient is that of E r − β KL(π‖π_ref), also off-policy. Others raise ValueError.
+    - clip="joint" is P3O (V2), "separate" is P3O (V1). "none" is L = E ½ q sg[ρ_1 ρ_2] u, whose
+      gradient is ∇J exactly, also off-policy. Others raise ValueError.
     - Only `logprobs` gets a gradient.
-    - In V1 a ρ above e^20 counts as e^20 and gets no gradient, so that nothing overflows.
+    - In V1 a ρ above e^20, far beyond a healthy run, counts as e^20 and gets no gradient. Its
+      gradient contains ρ itself, which overflows in fp32 at e^89.
     - Metrics, detached: policy/clipfrac, the share of pairs (V1: of responses) whose gradient
       the clip stops; the means of ½ (log ρ)², ρ and |q|: policy/approxkl, policy/ratio and
       objective/q.
@@ -415,7 +435,7 @@ def p3o_loss(
         unclipped = (q * weight * u)[:, None]  # (B, 1)
         clipped = (q * weight * u.clamp(-clip_range, clip_range))[:, None]  # (B, 1)
     elif clip == "separate":  # eq. (5): the clip stops each response by itself
-        # NOTE e^100 is inf in fp32 and inf · 0 is NaN
+        # NOTE e^100 is inf in fp32, and the gradient would be NaN
         ratio = log_ratio.clamp(max=20).exp()  # (B, 2): ρ
         bounded = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # (B, 2): ρ̄
         advantage = torch.stack([q, -q], dim=-1) * bounded.flip(-1)  # (B, 2): q ρ̄_2, −q ρ̄_1
@@ -479,7 +499,7 @@ def self_check(claim: str, holds: bool) -> None:
 
 # ---- Stage 1: supervised fine-tuning -------------------------------------------------------
 def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log: LogStep) -> None:
-    """Maximise the likelihood of the chosen responses, as a mean over their tokens."""
+    """Maximise the likelihood of the chosen responses; the loss is a mean over their tokens."""
     policy.eval()  # NOTE no dropout in any stage: with it, ratios would not even start at 1
     steps = math.ceil(cfg.epochs * len(examples) / cfg.batch)
     batches = shuffled(examples, cfg.batch, steps)
@@ -487,7 +507,7 @@ def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log
     losses = []
     bar = tqdm(batches, "1 SFT   ")
     for step, batch in enumerate(bar):
-        # prompts of similar length share a micro-batch, so that little padding is computed
+        # prompts of similar length share a micro-batch, computed up to its longest row only
         batch.sort(key=lambda example: len(example.prompt))
         prompts = [example.prompt for example in batch]
         chosen = [example.chosen for example in batch]
@@ -562,7 +582,7 @@ def set_gain(
     size = torch.cat(differences).square().mean().sqrt().item()
     if not 0 < size < math.inf:
         raise FloatingPointError(f"r_1 − r_2 has size {size}; try another --reward-lr")
-    model.score.weight.div_(size)
+    model.score.weight.div_(size)  # the head has no bias
     return 1 / size
 
 
@@ -581,7 +601,7 @@ def train_policy(
 
     Only `policy` is trained: `reference` and `score` run without gradients. `score` returns
     (B, 2) from ids and response_mask (B, 2, T). `loss_fn` has the arguments and results of
-    `p3o_loss`.
+    `p3o_loss`. Both are arguments so that another reward, judge or algorithm can take their place.
 
     - Iteration t uses the prompts shuffled(prompts, cfg.pairs, cfg.iterations)[t], in any
       order, and the rate learning_rate(cfg.p3o_lr, t, cfg.iterations).
@@ -591,10 +611,10 @@ def train_policy(
     - `loss_fn` gets cfg's beta, clip and clip_range as keywords.
     - No dropout and no weight decay. Before the first update, `self_check` confirms ratio = 1
       and KL = 0, up to rounding: at most 1e-3 nats on a CPU.
-    - log(t, metrics) is called once an iteration. Means over the pairs of all updates:
-      loss_fn's metrics, loss/policy, policy/grad_norm. Means over the sampled responses:
-      objective/scores, objective/kl (log π_old − log π_ref), objective/entropy (−log π_old),
-      response/length in tokens, response/finished (has its EOS).
+    - log(t, metrics) is called once an iteration. loss_fn's metrics, loss/policy and
+      policy/grad_norm are means over all updates, each weighted by its number of pairs. Means
+      over the sampled responses: objective/scores, objective/kl (log π_old − log π_ref),
+      objective/entropy (−log π_old), response/length in tokens, response/finished (has its EOS).
     - If `checkpoint` exists, training resumes from it. It is saved every CHECKPOINT_EVERY
       iterations.
     """
@@ -618,11 +638,11 @@ def train_policy(
 
         # 2. what stays fixed during the inner epochs, (B, 2) each
         size = cfg.micro_batch
-        parts = list(zip(ids.split(size), response_mask.split(size), strict=True))
+        rows = list(zip(ids.split(size), response_mask.split(size), strict=True))  # (b, 2, T)
         with torch.no_grad():
-            scores = torch.cat([score(*part) for part in parts])
-            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in parts])
-            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in parts])
+            scores = torch.cat([score(*part) for part in rows])
+            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in rows])
+            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in rows])
 
         # 3. updates, each on one minibatch of pairs
         minibatches = []
@@ -631,25 +651,26 @@ def train_policy(
         new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
         sums = defaultdict(float)  # of each metric, every pair of every update counted once
         for minibatch in minibatches:
-            # sorted, pairs of similar length share a micro-batch
-            for part in minibatch.sort().values.split(cfg.micro_batch):
-                logprobs = sequence_logprobs(policy, ids[part], response_mask[part])  # (b, 2)
-                new_logprobs[part] = logprobs.detach()
+            # in the order of step 1: pairs of similar length share a micro-batch
+            for index in minibatch.sort().values.split(cfg.micro_batch):  # (b,): which pairs
+                logprobs = sequence_logprobs(policy, ids[index], response_mask[index])  # (b, 2)
+                new_logprobs[index] = logprobs.detach()
                 loss, metrics = loss_fn(
                     logprobs,
-                    old_logprobs[part],
-                    ref_logprobs[part],
-                    scores[part],
+                    old_logprobs[index],
+                    ref_logprobs[index],
+                    scores[index],
                     beta=cfg.beta,
                     clip=cfg.clip,
                     clip_range=cfg.clip_range,
                 )
-                # the parts' gradients add up to the gradient of the minibatch's mean loss
-                (loss * len(part) / len(minibatch)).backward()
+                # these gradients add up to the gradient of the minibatch's mean loss
+                (loss * len(index) / len(minibatch)).backward()
                 metrics["loss/policy"] = loss.detach()
                 for key, value in metrics.items():
-                    sums[key] += value * len(part)
-            if not optimizer.state:  # before the first update
+                    sums[key] += value * len(index)
+            if not optimizer.state:  # AdamW has none before its first update
+                # pairs outside of this minibatch still have their old_logprobs
                 drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
                 self_check(
                     "ratio = 1 and KL = 0 before the first update", drift.abs().max() < ROUNDING
@@ -685,7 +706,8 @@ def evaluate(
 
     Returns `figures`, each figure's values, one for each held-out pair or prompt, and `answers`,
     the texts of "sft" and of "policy". The winner is decided by the gold reward on the shipped
-    data. On other data it is decided by the reward model, which P3O was trained to please.
+    data, which the rules of data/judge.py compute. On other data it is decided by the reward
+    model, which P3O was trained to please.
     """
     figures = defaultdict(list)
     gold_is_known = Path(cfg.data).resolve() == SHIPPED_DATA
@@ -710,7 +732,7 @@ def evaluate(
             logprobs = sequence_logprobs(model, ids, response_mask)  # (b, 1)
             measured = {
                 "score": reward_scores(reward_model, ids, response_mask),
-                "kl": logprobs - sequence_logprobs(sft, ids, response_mask),
+                "kl": logprobs - sequence_logprobs(sft, ids, response_mask),  # 0 for sft itself
                 "finished": finished(model, ids, response_mask),
             }  # (b, 1) each
             for key, values in measured.items():
@@ -781,6 +803,7 @@ def run(cfg: Config) -> None:
         seed_stage(cfg, "reward")
         reward_model = load(out / "sft", AutoModelForSequenceClassification, num_labels=1)
         train_reward(reward_model, examples, cfg, log_to(out / "reward.jsonl"))
+        # the first prompts will do: `load_pairs` shuffles data from the hub
         gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
         save(out / "reward", reward_model, tokenizer)
         print(f"  scores × {gain:.3f}: r_1 − r_2 has root mean square 1 on pairs from SFT")
@@ -791,8 +814,9 @@ def run(cfg: Config) -> None:
         seed_stage(cfg, "p3o")
         policy = load(out / "sft")
         score = partial(reward_scores, reward_model)
-        log = log_to(out / "p3o.jsonl")
-        train_policy(policy, sft, score, p3o_loss, prompts, cfg, log, checkpoint)
+        train_policy(
+            policy, sft, score, p3o_loss, prompts, cfg, log_to(out / "p3o.jsonl"), checkpoint
+        )
         save(out / "p3o", policy, tokenizer)
     checkpoint.unlink(missing_ok=True)
     policy = load(out / "p3o")
@@ -864,7 +888,8 @@ def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreT
 def log_to(path: Path) -> LogStep:
     """Return a function that appends a step's metrics and its seconds to a file, a JSON line each.
 
-    Line t is step t: if its first call is for step t, line t and all after it are dropped first.
+    Line t is step t. A stage that resumes repeats the steps since its last checkpoint, so their
+    old lines are dropped first.
     """
     path.touch()
     lines = path.read_text().splitlines(keepends=True)
@@ -873,14 +898,14 @@ def log_to(path: Path) -> LogStep:
     def log(step: int, metrics: dict[str, float]) -> None:
         nonlocal last
         now = time.perf_counter()
-        row = {"step": step, **metrics, "seconds": now - last}
+        line = json.dumps({"step": step, **metrics, "seconds": now - last})
         last = now
         if step < len(lines):
             del lines[step:]
             with appears_whole(path) as file:
                 file.write_text("".join(lines))
         with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(f"{line}\n")
 
     return log
 

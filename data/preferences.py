@@ -243,6 +243,6 @@ def tokenize_prompt(text: str, tokenizer: Any, limit: int) -> list[int]:
 
 
 def tokenize_response(text: str, tokenizer: Any, limit: int) -> list[int]:
-    """Append EOS unless the response was truncated: stopping is an action to be learned."""
+    """Append EOS unless the response was truncated: a policy must learn to stop, too."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return [*ids, tokenizer.eos_token_id][:limit]
