@@ -101,12 +101,12 @@ p3o.py
 +logits = model.get_output_embeddings()(used)
 # masked by multiplication: NaN · 0 is NaN
   test_positions_outside_the_response_are_left_out_not_multiplied_by_zero
--    return picked.new_zeros(predicted.shape).masked_scatter(predicted, picked)  # (…, T−1)
-+    zeros = torch.zeros(predicted.shape, device=ids.device)
+-    return picked.new_zeros(is_target.shape).masked_scatter(is_target, picked)  # (…, T−1)
++    zeros = torch.zeros(is_target.shape, device=ids.device)
 +    every = model.get_output_embeddings()(hidden).float().log_softmax(-1)
 +    following = ids.flatten(0, -2)[:, 1 : end + 1, None]
 +    zeros.view(len(hidden), -1)[:, :end] = every.gather(-1, following)[..., 0]
-+    return zeros * predicted
++    return zeros * is_target
 # score read one token early
   test_a_score_is_read_at_the_last_response_token
 -last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)
@@ -241,16 +241,16 @@ p3o.py
 +        policy = sft
 # mean over tokens on one side of the ratio
   test_with_no_learning_rate_ratio_is_1_and_kl_0_at_every_inner_step
--logprobs = sequence_logprobs(policy, ids[part], response_mask[part])
-+logprobs = response_logprobs(policy, ids[part], response_mask[part]).mean(-1)
+-logprobs = sequence_logprobs(policy, ids[index], response_mask[index])
++logprobs = response_logprobs(policy, ids[index], response_mask[index]).mean(-1)
 # shuffled log-probs with unshuffled scores
   test_score_and_log_probs_of_a_pair_belong_together
--                    scores[part],
-+                    scores[: len(part)],
+-                    scores[index],
++                    scores[: len(index)],
 # pairs torn by shuffling rows
   test_pairs_stay_together_from_sampling_to_loss
--                    scores[part],
-+                    scores[part].flatten()[torch.randperm(2 * len(part))].view(-1, 2),
+-                    scores[index],
++                    scores[index].flatten()[torch.randperm(2 * len(index))].view(-1, 2),
 # reported KL of the wrong sign
   test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference
 -"objective/kl": old_logprobs - ref_logprobs
@@ -261,7 +261,7 @@ p3o.py
 +clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
 # micro-batches have the same weight, whatever their size
   test_micro_batches_change_memory_and_not_the_update
--(loss * len(part) / len(minibatch)).backward()
+-(loss * len(index) / len(minibatch)).backward()
 +(loss * cfg.micro_batch / cfg.minibatch).backward()
 # an update for each micro-batch
   test_micro_batches_change_memory_and_not_the_update

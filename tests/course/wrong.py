@@ -163,10 +163,10 @@ for mistake, (solution, says), old, new in entries(r"""
 +h = (old_logprobs - ref_logprobs).detach()
 # the KL of the wrong sign
   p3o_loss
-> the loss should be −J
+> of eq. (4) or (5)
 -.detach() - beta * (h[:, 0] - h[:, 1])
 +.detach() + beta * (h[:, 0] - h[:, 1])
-# J minimised, not −J
+# L minimised instead of −L
   p3o_loss__signs
 > in the gradient ½
 -return -0.5 * terms.mean(), metrics
@@ -287,7 +287,7 @@ for mistake, (diagnosis, *symptom), _, _ in entries("""
   The policy is paid for its KL to the reference, not charged for it.
   The score rises further than in a healthy run, but the KL does not settle: 6, then 98, 325, 449
   nats. The policy ends in one endless answer with an entropy near 0, far away from SFT.
-# J minimised, not −J
+# L minimised instead of −L
   The worse response of a pair is pushed up.
   The score falls from the first iterations on. loss/policy is −0.5 (healthy: near 0). The KL
   explodes, because the KL term pushes the wrong way too.
