@@ -210,13 +210,14 @@ def kill(process: multiprocessing.Process) -> None:
 
 
 def run_tests(jobs: list[Job], seconds: float = 3600) -> Iterator[Result]:
-    """Run the tests for each job in a process of its own, one per core at a time.
+    """Run the tests for each job, each in its own process, as many at a time as there are cores.
 
     Yields the results in the order of the jobs. Kills a job that takes longer than `seconds`. The
     processes are forked from this one, so that none has to import the large packages.
     """
     import_once()
     fork = multiprocessing.get_context("fork")
+    late = Result([], {}, f"stopped after {seconds:.0f} seconds")
     results = {}  # number of the job: result
     running = {}  # sentinel: number of the job, process, deadline; the oldest first
     started = finished = 0
@@ -239,11 +240,7 @@ def run_tests(jobs: list[Job], seconds: float = 3600) -> Iterator[Result]:
                     ended = multiprocessing.connection.wait(running, left)
                     number, process, _ = running.pop(ended[0] if ended else oldest)
                     kill(process)  # and what it started
-                    results[number] = (
-                        result_of(folders[number])
-                        if ended
-                        else Result([], {}, f"stopped after {seconds:.0f} seconds")
-                    )
+                    results[number] = result_of(folders[number]) if ended else late
         finally:
             for _, process, _ in running.values():
                 kill(process)
@@ -442,8 +439,8 @@ def hunt_answers() -> str:
 def alone(submission: str, number: int) -> str:
     """Return a submission with one of its problems, and the solutions of the others.
 
-    They stand at the end, so they replace functions that the student wrote twice, or add missing
-    ones. A submission that cannot be read stays as it is: the tests will say so.
+    All stand at the end, so the student's version of the others has no effect. A submission that
+    cannot be parsed stays as it is: the tests will say so.
     """
     try:
         mine = functions(submission)
@@ -505,11 +502,11 @@ def write_grades(grades: dict[Path, list[dict]], table: Path | None, folder: Pat
 def check() -> int:
     """Check each problem's tests, and return the number of files that they misjudge.
 
-    Before a problem is solved, all of its tests must fail. Right solutions in other styles than
-    p3o.py's must pass, though later problems are not solved. Wrong ones must fail, and the first
-    message must name the mistake. The suite shows that p3o.py itself passes.
+    While a problem is not solved, all of its tests must fail. Right solutions in other styles than
+    p3o.py's must pass before any later problem is solved. Wrong ones must fail, and the first
+    message must name the mistake. The suite itself shows that p3o.py passes.
     """
-    cases = []  # title, job, what the first message holds
+    cases = []  # title, job, words of the first message
     for number, problem in enumerate(PROBLEMS, 1):
         tests = tests_of(number)
         unsolved = Job(starter(number), tests)
@@ -541,8 +538,8 @@ def check() -> int:
 def plant(named: bool) -> int:
     """Plant each bug, and return the number of those that their test does not catch.
 
-    Prints all tests that catch a bug. If `named`, runs only the one that the catalogue names. First
-    of all, the tests must pass without a bug.
+    Prints all tests that catch a bug. If `named`, runs only the one that the catalogue names.
+    Without a bug, the tests must pass.
     """
     bugs = BUGS + DATA_BUGS
     tests = {bug.caught_by: str(TESTS) for bug in bugs}
@@ -556,8 +553,9 @@ def plant(named: bool) -> int:
         options = ["-x"] if named else []
         jobs.append(Job(planted(bug), [*options, tests[bug.caught_by]], bug.file))
     results = run_tests(jobs)
-    if failed := next(results).failed:
-        sys.exit(f"without any bug, these tests fail: {', '.join(failed)}")
+    healthy = next(results)
+    if healthy.failed or healthy.trouble:
+        sys.exit(f"without any bug: {', '.join(healthy.failed)}{healthy.trouble}")
     missed = 0
     for number, (bug, result) in enumerate(zip(bugs, results, strict=True), 1):
         failed = {name.split("[")[0] for name in result.failed}
