@@ -1,6 +1,6 @@
-"""The committed notebook was run from top to bottom, without an error, and leaves p3o.py as it is.
+"""The committed notebook was run from top to bottom without an error, and redefines nothing.
 
-That it *still* runs is shown by running it: `jupyter execute tutorial.ipynb`.
+To show that it still runs, run it: `jupyter execute tutorial.ipynb`.
 """
 
 import ast
@@ -52,12 +52,11 @@ def test_it_redefines_nothing_of_p3o(cells):
     assert not [node for node in stores if ast.unparse(node.value) == "p3o"]
 
 
-def test_each_section_has_a_question_and_a_link_in_the_readme(cells):
+def test_each_section_has_a_number_and_a_question(cells):
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    titles = [section.splitlines()[0] for section in sections]
-    assert [title.split(".")[0] for title in titles] == [str(number) for number in range(1, 14)]
-    readme = (ROOT / "README.md").read_text()
-    for title, section in zip(titles, sections, strict=True):
+    assert len(sections) > 8
+    for number, section in enumerate(sections, 1):
+        assert section.startswith(f"{number}. ")
+        title, *_ = section.splitlines()
         assert "<details><summary>" in section, f"section {title} asks nothing"
-        assert f"(tutorial.ipynb#{title.replace(' ', '-')})" in readme
