@@ -215,13 +215,14 @@ def usable_pairs(rows: list[dict], where: str, chat: "Chat") -> list[Pair]:
     return pairs
 
 
-def split_row(row: dict, chat: "Chat") -> Pair:
+def split_row(row: dict, chat: "Chat | None" = None) -> Pair:
     """Return the pair of a row in any of the formats. Raises Unusable."""
+    chat = chat or Chat()
     prompt = parsed(row.get("prompt") or "")
     chosen = parsed(row.get("chosen"))
     rejected = parsed(row.get("rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str) and isinstance(prompt, str):
-        pair = split_texts(prompt, chosen, rejected)
+        pair = split_texts(prompt, chat.until_eos(chosen), chat.until_eos(rejected))
     elif is_messages(chosen) and is_messages(rejected):
         pair = split_messages(prompt, chosen, rejected, chat)
     else:
@@ -320,7 +321,7 @@ def hh_turn(message: dict) -> str:
 class Chat:
     """A tokenizer's chat template, if any. It prints the date of `started` as today's."""
 
-    def __init__(self, tokenizer: Any, started: str | None) -> None:
+    def __init__(self, tokenizer: Any = None, started: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = getattr(tokenizer, "chat_template", None)
         if isinstance(self.template, dict):  # several, by name
