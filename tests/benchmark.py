@@ -1,48 +1,54 @@
-"""How fast stage 3 is on this machine, beside TRL's RLOOTrainer where `trl` is installed.
+"""Time stage 3 on this machine, beside TRL's RLOOTrainer.
 
     python tests/benchmark.py                  # the small run's model
     python tests/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
 
-Three take turns in one process, from the same weights and prompts, with as many samples and
-updates, in fp32 and without gradient checkpointing:
+Three take turns in one process, from the same weights and prompts, with the same number of samples
+and updates, in fp32, without gradient checkpointing:
 
     p3o.py
-    TRL, alike  without dropout and with GPT-2's activation in one kernel, as p3o.py has them
-    TRL, own    with dropout and activation as the model's own configuration has them
+    TRL, alike  no dropout, and GPT-2's activation in one kernel, as in p3o.py
+    TRL, own    dropout and activation of the model's own configuration
 
-Each iteration is on all the prompts; the first of a turn is not counted. The learning rate is 0, so
-that answers stay alike in length. TRL computes entropies, too, and scores text, as it does for its
-users. Limits are measured as well: the rate of a large copy, and that of a large matrix product.
+Each iteration uses all the prompts; the first one of a turn is not counted. The learning rate is 0,
+so that the responses keep their lengths. TRL also computes entropies, and scores text, as it does
+by default. The updates' rate of arithmetic is set beside that of a large matrix product.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import io
-import itertools
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
+from datasets import Dataset
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
+    PreTrainedModel,
 )
+from trl import RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "own"))
+from trl_p3o import trl_config
+
 import p3o
-from data.preferences import load_pairs
+from data.preferences import InputError, load_pairs, tokenize
 
 CUDA = p3o.DEVICE == "cuda"
 GPT2 = dict(
@@ -55,7 +61,8 @@ GPT2 = dict(
     inner_epochs=4,
 )
 SIZES = {"small": p3o.SMALL, "gpt2": p3o.SMALL | GPT2}
-HOW = ("alike", "own")  # dropout and activation that TRL gets
+VOCABULARY = 50257  # of GPT-2
+HOW = ("alike", "own")  # the dropout and activation that TRL gets
 
 
 def now() -> float:
@@ -64,134 +71,110 @@ def now() -> float:
     return time.perf_counter()
 
 
-def rate(work: float, function, repeats: int = 10) -> float:
-    """`work` per second, the best of some calls."""
-    seconds = []
-    for _ in range(repeats):
-        start = now()
-        function()
-        seconds.append(now() - start)
-    return work / min(seconds)
-
-
-def limits() -> tuple[float, float]:
-    """Bytes per second of a copy, read and written; floating-point operations per second of a
-    matrix product."""
-    a, b = (torch.ones(2**26, device=p3o.DEVICE) for _ in range(2))
+def matrix_product_rate() -> float:
+    """Return floating-point operations per second, the best of ten products."""
     n = 8192 if CUDA else 2048
-    x = torch.ones(n, n, device=p3o.DEVICE)  # in TF32 on a GPU, as p3o.py has it
-    return rate(2 * a.nbytes, lambda: b.copy_(a)), rate(2 * n**3, lambda: x @ x)
+    x = torch.ones(n, n, device=p3o.DEVICE)  # in TF32 on a GPU, as in p3o.py
+    seconds = []
+    for _ in range(10):
+        start = now()
+        x @ x
+        seconds.append(now() - start)
+    return 2 * n**3 / min(seconds)
 
 
 def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
-    """Write a policy and a reward model, each with its tokenizer, in the folders of `HOW`.
+    """Save a policy and a reward model, each with its tokenizer, in the folders of HOW.
 
     Returns the prompts of an iteration as text.
     """
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(p3o.SMALL["model"])
     pairs, _ = load_pairs(cfg.data)
-    if size == "small":  # trained a little, so that its answers end as they do in a run
-        examples = p3o.tokenize(pairs, tokenizer, cfg)[:4000]
-        config = AutoConfig.from_pretrained(
-            cfg.model, n_positions=256
-        )  # TRL scores text, at times of more tokens
-        policy = AutoModelForCausalLM.from_config(config)
-        p3o.train_sft(policy.to(p3o.DEVICE), examples, cfg, lambda step, row: None)
-        prompts = [pair.prompt for pair in pairs]
+    if size == "small":
+        # TRL scores text, sometimes of more tokens than were sampled: more positions
+        config = AutoConfig.from_pretrained(cfg.model, n_positions=256)
+        policy = AutoModelForCausalLM.from_config(config).to(p3o.DEVICE)
+        examples = tokenize(pairs[:4000], tokenizer, cfg.prompt_tokens, cfg.response_tokens)
+        # trained a little, so that responses end as they do in a run
+        p3o.train_sft(policy, examples, cfg, lambda step, metrics: None)
+        prompts = [pair.prompt for pair in pairs[: cfg.pairs]]
     else:
-        tokenizer.add_tokens([f"<{i}>" for i in range(50257 - len(tokenizer))])
+        tokenizer.add_tokens([f"<{i}>" for i in range(VOCABULARY - len(tokenizer))])
         config = GPT2Config(
+            vocab_size=VOCABULARY,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
         policy = AutoModelForCausalLM.from_config(config)
-        text = "".join(pair.prompt for pair in pairs)
-        long = tokenizer(text)["input_ids"]
-        shortest = cfg.prompt_tokens // 8
+        ids = tokenizer("".join(pair.prompt for pair in pairs))["input_ids"]
         prompts = []
-        # lengths spread evenly: a few drawn at random might all be long, and then nobody pads
-        for number in range(cfg.pairs):
-            length = shortest + (cfg.prompt_tokens - shortest) * (2 * number + 1) // (2 * cfg.pairs)
-            start = number * cfg.prompt_tokens
-            prompts.append(tokenizer.decode(long[start : start + length]))
+        shortest = cfg.prompt_tokens // 8
+        # lengths are spread evenly; a few drawn at random might all be long, without padding
+        for i in range(cfg.pairs):
+            length = shortest + (cfg.prompt_tokens - shortest) * (2 * i + 1) // (2 * cfg.pairs)
+            start = i * cfg.prompt_tokens
+            prompts.append(tokenizer.decode(ids[start : start + length]))
     policy.config.num_labels = 1
     reward_model = AutoModelForSequenceClassification.from_config(policy.config)
     own = policy.config.activation_function
-    fused = "gelu_pytorch_tanh" if own == "gelu_new" else own  # as in p3o.load_base
-    for how, activation in (("own", own), ("alike", fused)):
+    one_kernel = "gelu_pytorch_tanh" if own == "gelu_new" else own  # as in p3o.load_base
+    for how, activation in (("own", own), ("alike", one_kernel)):
         for name, model in (("policy", policy), ("reward", reward_model)):
             model.config.activation_function = activation
-            # TRL takes its reference model from the folder of the policy
-            model.save_pretrained(folder / how / name)
+            model.save_pretrained(folder / how / name)  # TRL loads its reference from here
             tokenizer.save_pretrained(folder / how / name)
-    return prompts[: cfg.pairs]
+    return prompts
 
 
-def load(folder: Path, name: str):
-    kind = AutoModelForCausalLM if name == "policy" else AutoModelForSequenceClassification
-    return kind.from_pretrained(folder / name, dtype=torch.float32).to(p3o.DEVICE)
-
-
-def device_name() -> str:
-    if CUDA:
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(": ")[1] for line in lines if "model name" in line]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+    reward_model = p3o.load(folder / "reward", AutoModelForSequenceClassification)
+    return p3o.load(folder / "policy"), reward_model
 
 
 def time_p3o(cfg: p3o.Config, folder: Path, prompts: list[str]) -> dict[str, float]:
-    """Medians over iterations: seconds of an iteration and of its phases, tokens sampled and
-    tokens trained on."""
+    """Return medians over iterations: seconds of an iteration and of its phases, tokens sampled
+    and tokens trained on."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     encoded = [tokenizer(prompt)["input_ids"][-cfg.prompt_tokens :] for prompt in prompts]
-    policy = load(folder, "policy")
-    reference = load(folder, "policy")
-    reward_model = load(folder, "reward")
+    policy, reward_model = load(folder)
+    reference, _ = load(folder)
+    sample, sequence_logprobs = p3o.sample, p3o.sequence_logprobs
     rows = []
     row = {}
-    plain = {name: getattr(p3o, name) for name in ("sample", "in_parts")}
-    start = now()
+    stamps = [now()]
 
-    def timed(name, *args):
-        began = now()
-        result = plain[name](*args)
-        row[name] = row.get(name, 0) + now() - began
-        if name == "sample":
-            _, mask = result
-            lengths = [len(prompt) for prompt in args[1]]
-            row["steps"] = mask.sum(-1).max().item()
-            row["length"] = max(lengths) + row["steps"]
-            row["sampled"] = mask.sum().item()
-            row["trained"] = cfg.inner_epochs * (2 * sum(lengths) + row["sampled"])
-        return result
+    def timed_sample(model: PreTrainedModel, batch: list, *rest: int) -> tuple[Tensor, Tensor]:
+        ids, mask = sample(model, batch, *rest)
+        stamps.append(now())
+        row["sampled"] = mask.sum().item()
+        row["trained"] = cfg.inner_epochs * (2 * sum(map(len, batch)) + row["sampled"])
+        return ids, mask
 
-    def log(step, metrics):
-        nonlocal start
-        rows.append(row | {"iteration": now() - start})
-        row.clear()
-        start = now()
+    def timed_logprobs(*args) -> Tensor:
+        if torch.is_grad_enabled() and len(stamps) == 2:  # the first update begins
+            stamps.append(now())
+        return sequence_logprobs(*args)
 
-    for name in plain:
-        setattr(p3o, name, partial(timed, name))
-    try:
-        p3o.train_policy(
-            policy, reference, partial(p3o.reward_scores, reward_model), encoded, cfg, log
-        )
-    finally:
-        for name, function in plain.items():
-            setattr(p3o, name, function)
+    def log(step: int, metrics: dict[str, float]) -> None:
+        stamps.append(now())
+        sampling, scoring, updates = (end - start for start, end in pairwise(stamps))
+        phases = dict(sampling=sampling, scoring=scoring, updates=updates)
+        rows.append(row | phases | {"iteration": sum(phases.values())})
+        del stamps[:-1]
+
+    score = partial(p3o.reward_scores, reward_model)
+    with (
+        patch.object(p3o, "sample", timed_sample),
+        patch.object(p3o, "sequence_logprobs", timed_logprobs),
+    ):
+        p3o.train_policy(policy, reference, score, p3o.p3o_loss, encoded, cfg, log)
     return {key: statistics.median(row[key] for row in rows[1:]) for key in rows[0]}
 
 
 def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
-    """Median seconds of an iteration: as many samples, updates and passes over them."""
-    from datasets import Dataset
-    from trl import RLOOConfig, RLOOTrainer
-
+    """Return the median seconds of an iteration with as many samples and updates."""
     updates = cfg.inner_epochs * cfg.pairs // cfg.minibatch
     stamps = []
 
@@ -200,72 +183,95 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
             if state.global_step % updates == 0:
                 stamps.append(now())
 
-    options = RLOOConfig(
+    config = trl_config(
+        cfg,
         output_dir=str(folder / "trl"),
-        report_to="none",
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=10**6,
-        use_cpu=not CUDA,
-        bf16=False,  # as p3o.py, which on a GPU makes products TF32 for both
         disable_dropout=folder.name == "alike",
         dataloader_pin_memory=CUDA,
         activation_checkpointing=False,
-        learning_rate=cfg.lr,
-        beta=cfg.beta,
-        num_generations=2,
-        num_iterations=cfg.inner_epochs,
-        max_steps=cfg.iterations * updates,
-        per_device_train_batch_size=2 * cfg.micro_batch,
-        gradient_accumulation_steps=cfg.minibatch // cfg.micro_batch,
-        steps_per_generation=cfg.pairs // cfg.micro_batch,
-        max_completion_length=cfg.response_tokens,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    policy, reward_model = load(folder)
     trainer = RLOOTrainer(
-        model=load(folder, "policy"),
-        reward_funcs=load(folder, "reward"),
-        args=options,
+        model=policy,
+        reward_funcs=reward_model,
+        args=config,
         callbacks=[Clock()],
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(folder / "policy", padding_side="left"),
         reward_processing_classes=AutoTokenizer.from_pretrained(folder / "reward"),
     )
     trainer.train()
-    return statistics.median(b - a for a, b in itertools.pairwise(stamps))
+    return statistics.median(end - start for start, end in pairwise(stamps))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def report(
+    cfg: p3o.Config,
+    model: PreTrainedModel,
+    p3o_turns: list[dict[str, float]],
+    trl_turns: dict[str, list[float]],
+) -> None:
+    """Print the table, and the ratios turn by turn."""
+    mid = {key: statistics.median(turn[key] for turn in p3o_turns) for key in p3o_turns[0]}
+    body = sum(weight.numel() for weight in model.base_model.parameters())
+    body -= model.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight.numel()
+    operations = 6 * body * mid["trained"] + 6 * head * cfg.inner_epochs * mid["sampled"]
+    rate = matrix_product_rate()
+
+    device = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
+    print(f"{device}, torch {torch.__version__}, matrix product {rate / 1e9:.0f} GFLOP/s")
+    updates = cfg.inner_epochs * cfg.pairs // cfg.minibatch
+    print(
+        f"{(body + head) / 1e6:.1f}M parameters, {cfg.pairs} prompts of up to {cfg.prompt_tokens} "
+        f"tokens, two responses of up to {cfg.response_tokens}, {updates} updates an iteration; "
+        f"medians of {len(p3o_turns)} turns of {cfg.iterations - 1} iterations\n"
     )
+    print("| phase | seconds | tokens/s |\n| --- | --- | --- |")
+    print(f"| sampling | {mid['sampling']:.3f} | {mid['sampled'] / mid['sampling']:.0f} |")
+    print(f"| scores and log-probs | {mid['scoring']:.3f} | |")
+    print(f"| updates | {mid['updates']:.3f} | {mid['trained'] / mid['updates']:.0f} |")
+    print(f"| iteration of p3o.py | {mid['iteration']:.3f} | |")
+    trl = f"TRL {importlib.metadata.version('trl')}"
+    for how, turns in trl_turns.items():
+        print(f"| iteration of {trl}, {how} | {statistics.median(turns):.3f} | |")
+    print(f"\nupdates of p3o.py at {operations / mid['updates'] / rate:.0%} of the product's rate")
+    for how, turns in trl_turns.items():
+        paired = zip(turns, p3o_turns, strict=True)
+        ratios = [f"{theirs / ours['iteration']:.2f}" for theirs, ours in paired]
+        print(f"{trl}, {how} / p3o.py, turn by turn: {', '.join(ratios)}")
+
+
+def main(argv: list[str]) -> None:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--iterations", type=int, default=10, help="of each turn")
-    parser.add_argument(
-        "--pairs", type=int, help="prompts an iteration; minibatches shrink with them"
-    )
-    args = parser.parse_args()
+    parser.add_argument("--pairs", type=int, help="prompts of an iteration")
+    args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # a learning rate of 0: were anything learnt, answers would not stay alike in length
-    cfg = p3o.Config(**SIZES[args.size] | dict(iterations=args.iterations, lr=0.0))
+    cfg = p3o.Config(**SIZES[args.size] | dict(iterations=args.iterations, p3o_lr=0.0))
     if args.pairs:
-        # micro-batches stay the same share of a minibatch: sorting by length saves padding in them
+        # the same number of micro-batches in a minibatch: sorting by length then saves as much
         parts = cfg.minibatch // cfg.micro_batch
         cfg.pairs = args.pairs
         cfg.minibatch = min(cfg.minibatch, cfg.pairs)
         cfg.micro_batch = max(1, cfg.minibatch // parts)
-    if cfg.pairs % cfg.minibatch or cfg.minibatch % cfg.micro_batch:
-        parser.error("--pairs must divide into minibatches and these into parts: try a power of 2")
-    if cfg.iterations < 2:
-        parser.error("--iterations must be at least 2: the first is not counted")
-    ours = []
-    theirs = {how: [] for how in HOW}
-    memory = 0
+    warnings.simplefilter("ignore", FutureWarning)  # transformers', about TRL
+    try:
+        trl_config(cfg)
+        if cfg.iterations < 2 or args.rounds < 1:
+            raise InputError(
+                "--iterations must be at least 2 (the first is not counted), --rounds 1"
+            )
+    except InputError as error:
+        parser.error(str(error))
+    p3o_turns = []
+    trl_turns = {how: [] for how in HOW}
     with (
         tempfile.TemporaryDirectory() as name,
         contextlib.redirect_stderr(io.StringIO()),
@@ -274,57 +280,12 @@ def main() -> None:
         folder = Path(name)
         prompts = prepare(cfg, args.size, folder)
         for _ in range(args.rounds):
-            ours.append(time_p3o(cfg, folder / "alike", prompts))
-            if CUDA and not theirs["alike"]:  # before TRL leaves anything behind
-                memory = torch.cuda.max_memory_allocated()
-            if importlib.util.find_spec("trl"):
-                for how, turns in theirs.items():
-                    turns.append(time_trl(cfg, folder / how, prompts))
-        model = load(folder / "alike", "policy")
-    mine = {key: statistics.median(turn[key] for turn in ours) for key in ours[0]}
-    mine["updates"] = mine["iteration"] - mine["sample"] - mine["in_parts"]
-    copy, product = limits()
-
-    # what a decoding step must read: the weights, and the keys and values so far; what an update
-    # must compute
-    body = sum(weight.numel() for weight in model.base_model.parameters())
-    body -= model.get_input_embeddings().weight.numel()
-    head = model.get_output_embeddings().weight.numel()
-    width = model.config.n_embd
-    layers = model.config.n_layer
-    entries = 2 * cfg.pairs * 2 * layers * width * (mine["length"] - mine["steps"] / 2)
-    read = 4 * (body + head + entries) * mine["steps"]
-    compute = 6 * body * mine["trained"] + 6 * head * cfg.inner_epochs * mine["sampled"]
-
-    versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    print(f"{device_name()}, {versions}")
-    limit = f"copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e9:.0f} GFLOP/s"
-    print(f"limits measured: {limit}")
-    updates = cfg.inner_epochs * cfg.pairs // cfg.minibatch
-    parameters = f"{(body + head) / 1e6:.1f}M parameters"
-    print(f"{args.size}: {parameters}, {cfg.pairs} prompts of up to {cfg.prompt_tokens} tokens,")
-    print(f"two responses of up to {cfg.response_tokens}, {updates} updates an iteration;")
-    print(f"medians of {args.rounds} turns of {args.iterations - 1} iterations\n")
-    print("| phase | seconds | tokens/s | share of the limit |\n| --- | --- | --- | --- |")
-    rate_of = mine["sampled"] / mine["sample"]
-    share = read / copy / mine["sample"]
-    print(f"| sampling | {mine['sample']:.3f} | {rate_of:.0f} | {share:.0%} of bandwidth |")
-    print(f"| scores and log-probs | {mine['in_parts']:.3f} | | |")
-    rate_of = mine["trained"] / mine["updates"]
-    share = compute / product / mine["updates"]
-    print(f"| updates | {mine['updates']:.3f} | {rate_of:.0f} | {share:.0%} of arithmetic |")
-    print(f"| iteration of p3o.py | {mine['iteration']:.3f} | | |")
-    if theirs["alike"]:
-        trl = f"TRL {importlib.metadata.version('trl')}"
-        for how, turns in theirs.items():
-            name = f"iteration of {trl}'s RLOOTrainer, {how}"
-            print(f"| {name} | {statistics.median(turns):.3f} | | |")
-        for how, turns in theirs.items():
-            ratios = [their / our["iteration"] for their, our in zip(turns, ours, strict=True)]
-            print(f"\n{trl}, {how} / p3o.py, each turn: {', '.join(f'{r:.2f}' for r in ratios)}")
-    if CUDA:
-        print(f"\npeak memory of p3o.py: {memory / 2**30:.1f} GiB")
+            p3o_turns.append(time_p3o(cfg, folder / "alike", prompts))
+            for how, turns in trl_turns.items():
+                turns.append(time_trl(cfg, folder / how, prompts))
+        model, _ = load(folder / "alike")
+    report(cfg, model, p3o_turns, trl_turns)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,16 +1,16 @@
-"""Which settings suit a model and its data: a few updates with each, on the same batches.
+"""Find settings for a model and its data: a few updates with each, on the same batches.
 
     python tests/own/trials.py --model MODEL --data PAIRS --batch 8 --iterations 8
 
-Takes the options of p3o.py: --iterations is the length of each trial of stage 3, of which there
-are seven; --out, --epochs and --eval-prompts change nothing, and nothing is written. Each stage
-tries a fifth of its learning rate, the rate, and five times it, and hands the best on to the next
-stage. At its best rate stage 3 then tries, one change at a time, a fifth of β and five times it,
-and half (rounded up) and twice as many inner epochs. Which of those is best is for the reader to
-say, since β is the price that would decide it. As in a run of one epoch, no stage sees a pair
-twice; stage 3 is judged by the samples of its last iterations. Each trial is one run: in stage 3
-compare nothing that differs by less than two runs of the same settings do. And what is best in so
-few updates need not be best in a long run.
+Takes the options of p3o.py. --iterations is the length of each trial of stage 3. --out, --epochs
+and --eval-prompts change nothing, and nothing is written.
+
+- Each stage tries a fifth of its learning rate, the rate, and five times it. The next stage starts
+  from the best of the three models.
+- At its best rate, stage 3 then tries a fifth of β and five times it, and half and twice the inner
+  epochs, one change at a time. Which is best is yours to say: β is the price that would decide.
+- Each trial is one run. Ignore differences smaller than those between two runs of one setting.
+- The best setting for a few updates need not be the best for a long run.
 """
 
 import copy
@@ -31,10 +31,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import p3o
-from data.preferences import InputError, load_pairs, try_hub
+from data.preferences import InputError, load_pairs, tokenize, try_hub
 
 FACTORS = (0.2, 1, 5)
-UPDATES = 20  # of stages 1 and 2; stage 3 makes as many iterations as its option says
+UPDATES = 20  # in stages 1 and 2
 SHOWN = {
     "sft": ("sft/loss",),
     "reward": ("reward/loss", "reward/accuracy"),
@@ -42,33 +42,33 @@ SHOWN = {
 }
 
 
-def cost(stage: str, row: dict[str, float], beta: float) -> float:
-    """What a stage makes small: its loss; in stage 3, β KL − r."""
+def cost(stage: str, metrics: dict[str, float], beta: float) -> float:
+    """Return what a stage minimises: its loss, or β KL − r in stage 3."""
     if stage == "p3o":
-        return beta * row["objective/kl"] - row["objective/scores"]
-    return row[f"{stage}/loss"]
+        return beta * metrics["objective/kl"] - metrics["objective/scores"]
+    return metrics[f"{stage}/loss"]
 
 
 def try_one(
     stage: str, name: str, value: float, start: PreTrainedModel, train: Callable, cfg: p3o.Config
 ) -> tuple[float, PreTrainedModel]:
-    """Train a copy of `start` with this value of an option, and print what came of it.
+    """Train a copy of `start` with this value of an option; print the result.
 
-    `train` takes the model, the configuration and a log; what is printed are means over the last
-    quarter of its steps. Returns their cost, infinite if the gradient was, and the copy.
+    `train` takes the model, the options and a log. Prints means over the last quarter of the steps.
+    Returns their cost, infinite if the gradient was not finite, and the trained copy.
     """
     model = copy.deepcopy(start)
     rows = []
     torch.manual_seed(cfg.seed)
     began = time.perf_counter()
     try:
-        train(model, replace(cfg, **{name: value}), lambda _, row: rows.append(row))
+        train(model, replace(cfg, **{name: value}), lambda step, metrics: rows.append(metrics))
     except FloatingPointError as error:
         print(f"{name} {value:g}: {error}", flush=True)
         return math.inf, model
     seconds = time.perf_counter() - began
     last = rows[-max(1, len(rows) // 4) :]
-    means = {key: statistics.mean(row[key] for row in last) for key in last[0]}
+    means = {key: statistics.fmean(row[key] for row in last) for key in last[0]}
     figures = ", ".join(f"{key} {means[key]:.3f}" for key in SHOWN[stage])
     print(f"{name} {value:g}: {figures}; {len(rows)} steps, {seconds:.0f} s", flush=True)
     return cost(stage, means, cfg.beta), model
@@ -77,42 +77,37 @@ def try_one(
 def best_of(
     stage: str, start: PreTrainedModel, train: Callable, cfg: p3o.Config
 ) -> tuple[float, PreTrainedModel]:
-    """The learning rate whose trial has the least cost, and the model that it trained.
+    """Return the learning rate with the lowest cost, and the model that it trained.
 
-    Raises FloatingPointError if none went to the end.
+    Raises FloatingPointError if all of them diverged.
     """
-    name = p3o.STAGES[stage]
+    name = f"{stage}_lr"
     rates = [factor * getattr(cfg, name) for factor in FACTORS]
-    least = math.inf
+    lowest = math.inf
     for rate in rates:
         found, model = try_one(stage, name, rate, start, train, cfg)
-        if found < least:
-            least, best, best_rate = found, model, rate
-    if least == math.inf:
-        raise FloatingPointError(f"no --{name} went to the end; try smaller ones")
-    edge = ""
-    if best_rate == rates[0]:
-        edge = ", and the smallest"
-    elif best_rate == rates[-1]:
-        edge = ", and the largest"
+        if found < lowest:
+            lowest, best, best_rate = found, model, rate
+    if lowest == math.inf:
+        raise FloatingPointError(f"each --{name} diverged; try smaller ones")
+    edge = {rates[0]: ", and the smallest", rates[-1]: ", and the largest"}.get(best_rate, "")
     print(f"{name}: {best_rate:g} is the best of these{edge}", flush=True)
     return best_rate, best
 
 
 def try_all(cfg: p3o.Config) -> None:
-    """The rates of the three stages, one after the other, then β and inner epochs."""
+    """Try the learning rates of the three stages in order, then β and the inner epochs."""
     if cfg.iterations < 2:
-        raise InputError("--iterations must be at least 2: the first samples are SFT's")
+        raise InputError("--iterations must be at least 2: the first samples are those of SFT")
     torch.manual_seed(cfg.seed)
     base, tokenizer = p3o.load_base(cfg)
     pairs, _ = load_pairs(cfg.data, tokenizer)
-    examples = p3o.tokenize(pairs, tokenizer, cfg)
+    examples = tokenize(pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
     prompts = [example.prompt for example in examples]
-    few = examples[: UPDATES * cfg.batch]
-    few = few[: len(few) // cfg.batch * cfg.batch]  # whole batches
+    few = examples[: min(UPDATES, len(examples) // cfg.batch) * cfg.batch]  # whole batches
     if not few:
         raise InputError(f"{len(examples)} pairs are left, fewer than a --batch")
-    cfg = replace(cfg, epochs=1)
+    cfg = replace(cfg, epochs=1)  # no stage sees a pair twice
 
     def train_sft(model, tried, log) -> None:
         p3o.train_sft(model, few, tried, log)
@@ -122,10 +117,10 @@ def try_all(cfg: p3o.Config) -> None:
 
     def train_policy(model, tried, log) -> None:
         score = partial(p3o.reward_scores, reward_model)
-        p3o.train_policy(model, sft, score, prompts, tried, log)
+        p3o.train_policy(model, sft, score, p3o.p3o_loss, prompts, tried, log)
 
     _, sft = best_of("sft", base, train_sft, cfg)
-    del base  # no stage needs it again, and its memory is wanted
+    del base  # frees memory
     with tempfile.TemporaryDirectory() as folder:
         p3o.save(Path(folder) / "sft", sft, tokenizer)
         kind = AutoModelForSequenceClassification
@@ -133,14 +128,15 @@ def try_all(cfg: p3o.Config) -> None:
     _, reward_model = best_of("reward", fresh, train_reward, cfg)
     del fresh
     p3o.set_gain(reward_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
-    lr, best = best_of("p3o", sft, train_policy, cfg)
-    del best  # only its rate is wanted
+    best_rate = best_of("p3o", sft, train_policy, cfg)[0]
 
-    cfg = replace(cfg, lr=lr)
-    inner_epochs = {math.ceil(cfg.inner_epochs / 2), 2 * cfg.inner_epochs} - {cfg.inner_epochs}
-    others = {"beta": [cfg.beta / 5, 5 * cfg.beta], "inner_epochs": sorted(inner_epochs)}
+    cfg = replace(cfg, p3o_lr=best_rate)
+    others = {
+        "beta": {cfg.beta / 5, 5 * cfg.beta},
+        "inner_epochs": {math.ceil(cfg.inner_epochs / 2), 2 * cfg.inner_epochs},
+    }
     for name, values in others.items():
-        for value in values:
+        for value in sorted(values - {getattr(cfg, name)}):  # none for β = 0
             try_one("p3o", name, value, sft, train_policy, cfg)
 
 
