@@ -92,7 +92,7 @@ def loss_of(batch: Batch, beta: float = BETA, **options) -> Tensor:
 
 
 def pushes(batch: Batch, beta: float = BETA, **options) -> Tensor:
-    """Return ∂J/∂log π(y_i) of each pair, (B, 2): how hard an update pushes each response."""
+    """Return ∂L/∂log π(y_i) of each pair, (B, 2): how hard an update pushes each response."""
     leaf = batch.logprobs.detach().requires_grad_()
     loss = loss_of(batch._replace(logprobs=leaf), beta, **options)
     gradient = torch.autograd.grad(loss, leaf)[0]
@@ -282,10 +282,7 @@ def test_without_its_ratios_the_pairwise_policy_gradient_is_biased_off_policy(sp
     objective = (weight * gap(pairs)).sum()
     found = torch.autograd.grad(objective, bandit.logits)[0]
     error = (found - exact_gradient(bandit, beta=0.0)).norm()
-    if spread == 0:
-        assert error < 1e-12
-    else:
-        assert error > 0.1
+    assert error < 1e-12 if spread == 0 else error > 0.1
 
 
 def test_pairs_do_not_always_have_the_lower_variance():
@@ -333,7 +330,7 @@ def objective_by_hand(
     eps: float = EPS,
     c: float = BOUND,
 ) -> float:
-    """Return J of one pair by equations (3) to (5), in plain floats.
+    """Return L of one pair by equations (3) to (5), in plain floats.
 
     Everything under a stop-gradient is computed at `held_log_ratio`, the rest at `log_ratio`.
     """
@@ -365,7 +362,7 @@ def test_the_loss_is_minus_the_mean_objective_of_the_equations(clip, spread):
         total += objective_by_hand(now, now, q, clip, eps=0.25, c=5.0)
     right = loss.item() == pytest.approx(-total / 64, rel=1e-12)
     assert right, (
-        "the loss should be −J of eq. (4) or (5), the mean over pairs; h is π's, not π_old's"
+        "the loss should be −L of eq. (4) or (5), the mean over pairs; h is π's, not π_old's"
     )
 
 
@@ -409,10 +406,7 @@ def test_with_the_rollouts_kl_the_expected_update_is_right_only_at_the_sampling_
     stale = bandit._replace(r=bandit.r - BETA * h_old)
     found = expected_gradient(stale, beta=0.0, clip="none")
     error = (found - exact_gradient(bandit, BETA)).norm()
-    if spread == 0:
-        assert error < 1e-12
-    else:
-        assert error > 0.01
+    assert error < 1e-12 if spread == 0 else error > 0.01
 
 
 def optimum(ref: Tensor, r: Tensor, beta: float) -> Tensor:
@@ -611,10 +605,8 @@ def test_equal_micro_batches_average_to_the_full_batchs_gradient():
     """The loss is a mean over pairs, so means of means are the mean."""
     batch = random_batch(23, 0.5)
     for size in (1, 2, 32):
-        parts = []
-        for start in range(0, 64, size):
-            micro_batch = Batch(*[tensor[start : start + size] for tensor in batch])
-            parts.append(pushes(micro_batch))
+        micro_batches = zip(*[tensor.split(size) for tensor in batch], strict=True)
+        parts = [pushes(Batch(*micro_batch)) for micro_batch in micro_batches]
         assert close(torch.cat(parts), pushes(batch)), f"micro-batches of {size}"
 
 
@@ -641,7 +633,7 @@ def test_metrics_are_what_they_say(clip):
 
 @p3o_loss
 def test_another_clip_is_refused():
-    with pytest.raises(ValueError, match="'both'"):
+    with pytest.raises(ValueError):
         loss_of(random_batch(25, 0.1), clip="both")
 
 
@@ -672,11 +664,6 @@ def rloo(batch: Batch) -> Loss:
     return group_loss(batch, rewards - rewards.flip(1), EPS)
 
 
-def rebel(batch: Batch, eta: float) -> Loss:
-    """(Δr − ηu)²."""
-    return lambda logprobs: (gap(batch.scores) - eta * gap(logprobs - batch.old)).square()
-
-
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
 def test_rloo_with_two_samples_is_p3o_at_the_first_inner_step(clip):
@@ -704,17 +691,16 @@ def test_at_the_first_inner_step_each_relative_pushes_along_g():
     def copg(logprobs: Tensor) -> Tensor:
         return q_of(batch._replace(logprobs=logprobs)).square() / (2 * BETA)
 
+    def rebel(logprobs: Tensor) -> Tensor:
+        return (gap_r - 0.7 * gap(logprobs - batch.old)).square()  # η = 0.7
+
     for name, loss, weight in (
-        (
-            "GRPO: only the sign of the gap is left",
-            group_loss(batch, population),
-            0.5 * gap_r.sign(),
-        ),
+        ("GRPO: only the gap's sign is left", group_loss(batch, population), 0.5 * gap_r.sign()),
         ("the same with n − 1", group_loss(batch, sample), 0.5 * math.sqrt(0.5) * gap_r.sign()),
         ("GRPO without the deviation: half of P3O", group_loss(batch, centred), 0.25 * gap_r),
         ("DPO: the same sign, the same zero", dpo, BETA * (gap_r.sigmoid() - beta_h.sigmoid())),
         ("CoPG: twice P3O", copg, gap_r - beta_h),
-        ("REBEL: 4η times P3O", rebel(batch, eta=0.5), 2 * 0.5 * gap_r),
+        ("REBEL: 4η times P3O", rebel, 2 * 0.7 * gap_r),
     ):
         assert close(gradient_of(loss, batch.logprobs), along_G(weight)), name
 
@@ -732,18 +718,6 @@ def test_rloo_and_p3o_part_after_the_first_inner_step():
     assert (found - pushes(batch, clip="none")).abs().max() > 0.01
 
 
-@p3o_loss
-def test_rebel_pulls_back_where_v2_stops():
-    """Past u = Δr/η its gradient changes sign."""
-    batch = random_batch(33, 0.0)
-    gap_r = gap(batch.scores)  # (B,)
-    past_both = along_G(gap_r / 0.5) + 0.2 * along_G(gap_r.sign())  # (B, 2): u past Δr/η and ε
-    beyond = batch._replace(logprobs=batch.logprobs + past_both)
-    pulled_back = gradient_of(rebel(beyond, eta=0.5), beyond.logprobs)[:, 0]  # (B,)
-    assert torch.equal(pulled_back.sign(), -gap_r.sign())
-    assert (pushes(beyond, beta=0.0) == 0).all()
-
-
 # ---- Examples in docstrings ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name",
@@ -754,14 +728,9 @@ def test_rebel_pulls_back_where_v2_stops():
 )
 def test_the_examples_in_docstrings_are_right(name):
     """Each runs as it stands in p3o.py."""
-    function = getattr(p3o, name)
-    namespace = vars(p3o).copy()
-    examples = doctest.DocTestFinder().find(function, name, globs=namespace)
-    attempted = 0
-    failed = 0
-    for example in examples:
-        result = doctest.DocTestRunner().run(example)
-        attempted += result.attempted
-        failed += result.failed
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(getattr(p3o, name), name, globs=vars(p3o).copy()):
+        runner.run(example)
+    failed, attempted = runner.summarize()[:2]
     assert attempted > 0
     assert failed == 0, "see the captured output"
