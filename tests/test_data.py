@@ -7,10 +7,18 @@ from pathlib import Path
 
 import datasets
 import pytest
-from toys import dialogue, write_rows
+from toys import CHATML, dialogue, letters, write_rows
 
 from data import generate, judge
-from data.preferences import SHIPPED_DATA, InputError, Pair, Unusable, load_pairs, split_row
+from data.preferences import (
+    SHIPPED_DATA,
+    Chat,
+    InputError,
+    Pair,
+    Unusable,
+    load_pairs,
+    split_row,
+)
 
 
 def hh(chosen: str, rejected: str) -> dict[str, str]:
@@ -91,38 +99,15 @@ def test_a_system_message_opens_the_dialogue():
     assert pair.prompt == "\n\nSystem: Be kind." + dialogue("Hi") + "\n\nAssistant:"
 
 
-class Templated:
-    """A tokenizer with a chat template like ChatML's."""
-
-    eos_token = "<|im_end|>"
-    chat_template = "yes"
-
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
-        assert not tokenize
-        text = ""
-        for message in messages:
-            text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
-        return text + "<|im_start|>assistant\n" * add_generation_prompt
-
-
 def test_messages_go_through_the_tokenizers_own_chat_template():
     """The response ends before EOS, which all formats get with the token ids."""
-    pair = split_row({"chosen": TALK + YES, "rejected": TALK + NO}, Templated())
+    pair = split_row({"chosen": TALK + YES, "rejected": TALK + NO}, Chat(letters(CHATML)))
     assert pair.prompt.startswith("<|im_start|>user\nHi<|im_end|>\n")
     assert pair.prompt.endswith("<|im_start|>user\nHelp<|im_end|>\n<|im_start|>assistant\n")
     assert (pair.chosen, pair.rejected) == ("Yes", "No ")
 
 
-def test_a_template_that_does_not_continue_its_own_prompt_is_refused():
-    class Odd(Templated):
-        def apply_chat_template(self, messages, **options):
-            return f"{len(messages)} messages"
-
-    with pytest.raises(InputError, match="chat template"):
-        split_row({"prompt": TALK, "chosen": YES, "rejected": NO}, Odd())
-
-
-@pytest.mark.parametrize("tokenizer", (None, Templated()), ids=("HH", "template"))
+@pytest.mark.parametrize("tokenizer", (None, letters(CHATML)), ids=("HH", "template"))
 @pytest.mark.parametrize(
     ("reason", "row"),
     [
@@ -137,7 +122,7 @@ def test_a_template_that_does_not_continue_its_own_prompt_is_refused():
 )
 def test_messages_that_cannot_be_used_are_dropped_with_their_reason(reason, row, tokenizer):
     with pytest.raises(Unusable, match=reason):
-        split_row(row, tokenizer)
+        split_row(row, Chat(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -149,13 +134,14 @@ def test_messages_that_cannot_be_used_are_dropped_with_their_reason(reason, row,
         {"chosen": [], "rejected": NO},
         {"chosen": ["Yes"], "rejected": NO},
         {"chosen": [{"role": "assistant"}], "rejected": NO},
+        {"prompt": TALK, "chosen": [{"role": "assistant", "content": None}], "rejected": NO},
         {"chosen": [{"from": "gpt", "value": "Yes"}], "rejected": NO},
         {"prompt": TALK, "chosen": "A", "rejected": "B"},
     ),
     ids=str,
 )
-def test_a_row_of_another_form_is_refused(row):
-    with pytest.raises(InputError, match="must be text or lists of messages"):
+def test_a_row_of_another_form_is_dropped(row):
+    with pytest.raises(Unusable, match="must be text or lists of messages"):
         split_row(row)
 
 
@@ -302,7 +288,7 @@ def test_no_prompt_and_no_response_of_the_heldout_file_occurs_in_training(shippe
 def test_labels_are_drawn_from_bradley_terry_on_the_gold_reward(shipped):
     """With each gap, the better response is chosen as often as σ(gap), within 4 standard errors."""
     chosen_better: dict[float, list[bool]] = {}
-    for prompt, chosen, rejected in shipped["train"]:
+    for prompt, chosen, rejected, _ in shipped["train"]:
         gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
         if gap:
             chosen_better.setdefault(abs(gap), []).append(gap > 0)

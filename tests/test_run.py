@@ -49,7 +49,7 @@ def last_line(capsys) -> str:
 # ---- A run ---------------------------------------------------------------------------------
 def test_a_run_leaves_models_metrics_and_a_summary(run):
     assert {path.name for path in run.out.iterdir()} == {
-        *("config.json", "summary.json"),
+        *("config.json", "summary.json", ".lock"),
         *("sft", "reward", "p3o"),
         *("sft.jsonl", "reward.jsonl", "p3o.jsonl"),
     }
@@ -200,7 +200,7 @@ def test_the_default_path_takes_a_gpt2_directory_and_rough_gzipped_dialogues(
         "equal responses",
     ):
         assert f"1 of 106 rows dropped: {reason}" in shown
-    assert "dropped 1 of 102 pairs: equal once truncated" in shown
+    assert "1 of 102 pairs dropped: equal once truncated" in shown
     assert "101 training and 40 held-out pairs" in shown
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "p3o")
     embeddings = weights_of(tmp_path / "out")["p3o.transformer.wte.weight"]
@@ -334,7 +334,7 @@ def test_evaluation_by_hand(tiny, fresh):
     assert figures["reward_accuracy"] == better
     assert 0 < sum(better) < 61
     agrees = []
-    for (prompt, chosen, rejected), prefers_chosen in zip(pairs, better, strict=False):
+    for (prompt, chosen, rejected, _), prefers_chosen in zip(pairs, better, strict=False):
         gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
         if gap:
             agrees.append(prefers_chosen == (gap > 0))
@@ -535,11 +535,12 @@ LONG = [{"prompt": f"Q{i}", "chosen": "So " * 40, "rejected": "So " * 41} for i 
     [
         (f"{GOOD}\n{{oops\n".encode(), "JSON parse error"),
         (f"{GOOD}\n".encode() + b'{"chosen": "\xff"}\n', "utf-8"),
-        (f'{GOOD}\n{{"chosen": "x"}}\n'.encode(), "row 2: chosen, rejected and prompt"),
+        (b'{"chosen": "x"}\n', "no row can be used; 1 of 1: chosen, rejected and prompt, if any,"),
         (b'{"chosen": [{"role": "user"}], "rejected": []}\n', "lists of messages"),
         (b"", "rows.jsonl"),
-        (f"{SAME}\n{SAME}\n".encode(), "too few usable rows"),
-        ("\n".join(map(json.dumps, LONG)).encode(), "too few pairs are left; raise --response"),
+        (f"{SAME}\n{SAME}\n".encode(), "no row can be used; 2 of 2: equal responses"),
+        (f"{GOOD}\n{SAME}\n".encode(), "too few usable rows"),
+        ("\n".join(map(json.dumps, LONG)).encode(), "too few pairs are left; raise --prompt-tokens or --resp"),
     ],
 )
 def test_bad_data_gives_one_line_and_writes_nothing(content, message, quick, out, tmp_path, capsys):

@@ -4,14 +4,20 @@ import copy
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
-from toys import EOS, LONGEST, TOY_PROMPTS, dialogue, encode, nothing, small, tokenize
+from toys import EOS, LONGEST, TOY_PROMPTS, dialogue, encode, nothing, small
 
 import p3o
-from data.preferences import InputError, Pair, tokenize_prompt
+from data import preferences
+from data.preferences import InputError, Pair
 
 
 # ---- Text to tokens ------------------------------------------------------------------------
+def prompt_ids(prompt: str, tokenizer, limit: int) -> list[int]:
+    """Return the ids of a text's prompt."""
+    example, _ = preferences.tokenize([Pair(prompt, " A", " B")] * 2, tokenizer, limit, 9)
+    return example.prompt
+
+
 def test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last(tiny):
     tokenizer = tiny[2]
     last = dialogue("ten eleven", "")
@@ -22,20 +28,19 @@ def test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last(tiny):
         (len(tokenizer.encode(whole)) - 1, later),
         (len(tokenizer.encode(later)) - 1, last),
     ):
-        ids = tokenize_prompt(whole, tokenizer, limit)
-        assert tokenizer.decode(ids) == kept, f"at most {limit} tokens"
-    assert tokenize_prompt(whole, tokenizer, 2) == tokenizer.encode(whole)[-2:]
+        assert tokenizer.decode(prompt_ids(whole, tokenizer, limit)) == kept, f"{limit} tokens"
+    assert prompt_ids(whole, tokenizer, 2) == tokenizer.encode(whole)[-2:]
 
 
 def test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos(tiny):
     _, _, tokenizer, _, pairs = tiny
     eos = tokenizer.eos_token_id
     for pair in pairs[:50]:
-        prompt, chosen, rejected = map(tokenizer.encode, pair)
-        for text, ids in zip(pair, (prompt, chosen, rejected), strict=True):
+        prompt, chosen, rejected = map(tokenizer.encode, pair[:3])
+        for text, ids in zip(pair[:3], (prompt, chosen, rejected), strict=True):
             assert tokenizer.decode(ids) == text
         assert eos not in chosen + rejected
-        examples = p3o.tokenize([pair, pair], tokenizer, 4, 12)
+        examples = preferences.tokenize([pair, pair], tokenizer, 4, 12)
         expected = p3o.Example(prompt[-4:], [*chosen, eos][:12], [*rejected, eos][:12], pair)
         assert examples == [expected, expected]
 
@@ -45,23 +50,11 @@ def test_pairs_that_are_equal_once_cut_are_dropped_and_counted(tiny, capsys):
     limit = len(tokenizer.encode(" one two"))
     equal = Pair("Hi", " one two three", " one two four")
     pairs = [equal, Pair("Hi", " five", " six"), Pair("Ho", " five", " six")]
-    examples = p3o.tokenize(pairs, tokenizer, 9, limit)
+    examples = preferences.tokenize(pairs, tokenizer, 9, limit)
     assert [example.text for example in examples] == pairs[1:]
-    assert "dropped 1 of 3 pairs: equal once truncated" in capsys.readouterr().out
-    with pytest.raises(InputError, match="too few pairs are left; raise --response-tokens"):
-        p3o.tokenize(pairs[:2], tokenizer, 9, limit)
-
-
-def test_no_token_is_added_by_the_tokenizer_itself(tiny, fresh):
-    """Llama's tokenizer puts BOS before every text: it would separate prompt and response."""
-    tokenizer = fresh(tiny[2])
-    eos = tokenizer.eos_token
-    adds_one = TemplateProcessing(f"{eos} $A", special_tokens=[(eos, tokenizer.eos_token_id)])
-    tokenizer.backend_tokenizer.post_processor = adds_one
-    assert tokenizer.encode(" A")[0] == tokenizer.eos_token_id
-    for example in tokenize([Pair("Hi", " A", " B")] * 2, tokenizer, tiny[3]):
-        assert example.prompt[0] != tokenizer.eos_token_id
-        assert example.chosen.count(tokenizer.eos_token_id) == 1
+    assert "1 of 3 pairs dropped: equal once truncated" in capsys.readouterr().out
+    with pytest.raises(InputError, match="too few pairs are left; raise .*--response-tokens"):
+        preferences.tokenize(pairs[:2], tokenizer, 9, limit)
 
 
 # ---- Tokens to batches ---------------------------------------------------------------------

@@ -4,11 +4,14 @@ import copy
 import itertools
 import json
 import math
+import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,9 +19,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 import p3o
+from data import preferences
 
 EOS = 3  # of the toy: five tokens, responses of at most three
 PAD = 4
@@ -61,6 +66,46 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
 
 
+# ---- Tokenizers ----------------------------------------------------------------------------
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def letters(
+    template: str | dict | None = None,
+    *,
+    merges: tuple = (),
+    tokens: tuple = ("<|im_start|>", "<|im_end|>"),
+    leading: str = "",
+    metaspace: bool = False,
+    **special: str,
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a token for each letter, each of `merges`, `tokens` and `special`.
+
+    It puts `leading` before a text. With `metaspace` it puts a space there, too, and knows no
+    space inside of a text from it, as SentencePiece does.
+    """
+    known = [*(string.printable + "▁" if metaspace else pre_tokenizers.ByteLevel.alphabet())]
+    known = sorted(known) + ["".join(merge) for merge in merges]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(known)}, list(merges)))
+    if metaspace:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+    special = {"eos_token": "<eos>"} | special
+    backend.add_special_tokens([*special.values(), *tokens])
+    if leading:
+        ids = [(leading, backend.token_to_id(leading))]
+        backend.post_processor = TemplateProcessing(f"{leading} $A", special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 # ---- Batches -------------------------------------------------------------------------------
 def unended(length: int) -> list[list[int]]:
     """Return all rows of `length` tokens of the toy that hold no EOS."""
@@ -95,7 +140,7 @@ def toy_batch(prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tokenize(pairs, tokenizer, cfg: p3o.Config) -> list[p3o.Example]:
-    return p3o.tokenize(pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
+    return preferences.tokenize(pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
 
 
 def encode(tiny, count: int = 6) -> list[p3o.Example]:
