@@ -228,8 +228,8 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 cfg.model, config=config, dtype=torch.float32, output_loading_info=True
             )
-            if loading["missing_keys"]:
-                raise ValueError(f"its weights lack {', '.join(sorted(loading['missing_keys']))}")
+            if missing := loading["missing_keys"]:
+                raise ValueError(f"its weights lack {', '.join(sorted(missing))}")
         model.eval()
         fit_tokens(model, tokenizer, cfg)
         check_model(model, cfg)
@@ -749,13 +749,13 @@ def evaluate(
     for i in tqdm(range(0, len(examples), cfg.minibatch), "  pairs  ", leave=False):
         batch = examples[i : i + cfg.minibatch]
         chosen_scores, rejected_scores = score_pairs(reward_model, batch).unbind(-1)  # (b,), (b,)
-        figures["reward_accuracy"] += (chosen_scores > rejected_scores).tolist()
-    if gold_is_known:
-        for example, agrees in zip(examples, figures["reward_accuracy"], strict=True):
-            prompt, chosen, rejected = example.text
-            gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
-            if gap != 0:
-                figures["reward_gold_agreement"].append(agrees == (gap > 0))
+        for example, agrees in zip(batch, (chosen_scores > rejected_scores).tolist(), strict=True):
+            figures["reward_accuracy"].append(agrees)
+            if gold_is_known:
+                prompt, chosen, rejected, _ = example.text
+                gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
+                if gap != 0:
+                    figures["reward_gold_agreement"].append(agrees == (gap > 0))
 
     answers = defaultdict(list)
     examples = examples[: cfg.eval_prompts]
@@ -822,8 +822,9 @@ def run(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     policy, tokenizer = load_base(cfg)
     started = first_start(cfg.out)
-    limits = cfg.prompt_tokens, cfg.response_tokens
-    examples, heldout = load_examples(cfg.data, tokenizer, *limits, started)
+    examples, heldout = load_examples(
+        cfg.data, tokenizer, cfg.prompt_tokens, cfg.response_tokens, started
+    )
     prompts = [example.prompt for example in examples]
     fit_tokens(policy, tokenizer, cfg)  # a chat template may end turns with another EOS
     with open_out(cfg, policy, [*examples, *heldout], started) as out:
@@ -899,11 +900,10 @@ def open_out(
     out = Path(cfg.out)
     config = out / "config.json"
     out.mkdir(parents=True, exist_ok=True)
-    if not config.exists() and set(out.iterdir()) - {out / ".lock"}:
+    if not config.exists() and any(out.glob("[!.]*")):
         raise InputError(f"{out} exists and is not a run of p3o.py; choose another --out")
     weights = sum(torch.hash_tensor(weight).item() for weight in model.state_dict().values())
-    facts = {"started": started, "weights": weights, "rows": checksum(examples)}
-    wanted = asdict(cfg) | facts
+    wanted = asdict(cfg) | dict(started=started, weights=weights, rows=checksum(examples))
     try:
         with FileLock(out / ".lock", blocking=False):
             saved = json.loads(config.read_text()) if config.exists() else wanted

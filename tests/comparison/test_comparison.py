@@ -478,6 +478,7 @@ def test_the_pictures_show_each_method_with_its_values():
     assert [axis.get_title("left") for axis in axes] == ["seed 0", "seed 1", "seed 2"]
     assert axes[2].get_legend_handles_labels()[1] == NAMES[:-1]
     assert lines_of(axes[2])["PPO"] == [[0.5, 1, 2], [4, 5, 5]]
+    assert compare.course(rows, "PPO")[:, -1, 2].tolist() == [3, 4, 5], "in the seeds' order"
     (axis,) = pictures.joint(rows).axes
     assert all(lines_of(axis)[name][0] == list(compare.SHARES) for name in compare.JOINT)
     assert len(axis.get_lines()[1].get_xdata()) == 3 * len(compare.SHARES), "a point per run"
