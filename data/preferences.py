@@ -465,6 +465,8 @@ def shorten_messages(pair: Pair, chat: Chat, fits: Callable[[str], bool]) -> str
     """
     messages = list(pair.messages)
     system = messages[:1] if messages[0]["role"] == "system" else []
+    if messages == system:
+        raise Unusable("the system message alone is longer than --prompt-tokens")
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"] or [len(system)]
 
     def rendered(start: int, cut: int = 0) -> str:
