@@ -347,20 +347,20 @@ class Chat:
     def response(self, prompt: list[dict], start: str, response: list[dict]) -> str:
         """Return what the template adds to the prompt's text for this response, up to EOS."""
         if not self.turns_end_with_eos:
-            self.end_turns_with_eos()
+            self.end_turns_with_eos(prompt)
         whole = self.render(prompt + response)
         if not whole.startswith(start):
             raise Unusable("the chat template does not continue its own prompt")
         # NOTE EOS is appended as a token id, for all formats alike, and must not be there twice
         return self.until_eos(whole[len(start) :])
 
-    def end_turns_with_eos(self) -> None:
+    def end_turns_with_eos(self, prompt: list[dict]) -> None:
         """Make the token that ends an assistant's turn in the template the tokenizer's EOS.
 
         Otherwise the model would have to say that token and EOS to stop, and sampling would go on
         after the turn.
         """
-        probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Probe"}]
+        probe = [*prompt, {"role": "assistant", "content": "Probe"}]
         after = self.render(probe).rpartition("Probe")[2]
         unlike = (self.tokenizer.unk_token_id, self.tokenizer.bos_token_id)
         for token in self.tokenizer.encode(after, add_special_tokens=False):
