@@ -78,14 +78,14 @@ def load_examples(
     return examples, tokenize(heldout, tokenizer, *limits, started)
 
 
-def first_start(out: str) -> str:
+def first_start(out: str) -> str | None:
     """Return when the run in the directory `out` was started first, if there is one, or now.
 
     A chat template may print the date. A run that is resumed on another day needs the same text.
     """
     config = Path(out) / "config.json"
     if config.exists():
-        return json.loads(config.read_text())["started"]
+        return json.loads(config.read_text()).get("started")
     return datetime.now().isoformat()
 
 
