@@ -7,7 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from toys import CHATML, dialogue, letters, write_rows
+from toys import CHATML, dialogue, letters, talk, write_rows
 
 from data import generate, judge
 from data.preferences import (
@@ -145,6 +145,93 @@ def test_a_row_of_another_form_is_dropped(row):
         split_row(row)
 
 
+PROMPT_OF_HH = dialogue("Hi", "")[:-1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        {"prompt": PROMPT_OF_HH, **hh(dialogue("Hi", "Yes"), dialogue("Hi", "No"))},
+        {"prompt": PROMPT_OF_HH, "chosen": " Yes", "rejected": " No"},
+        {"prompt": [user("Hi")], "chosen": [user("Hi"), *YES], "rejected": [user("Hi"), *NO]},
+        {"prompt": json.dumps([user("Hi")]), "chosen": json.dumps(YES), "rejected": json.dumps(NO)},
+        hh(json.dumps([user("Hi"), *YES], indent=1), json.dumps([user("Hi"), *NO])),
+    ),
+    ids=("HH", "text", "messages", "messages in JSON", "dialogues in JSON"),
+)
+def test_a_prompt_that_the_answers_repeat_is_not_part_of_them(row):
+    """Nor are messages that a column spells out as JSON taken for text."""
+    assert split_row(row) == Pair(PROMPT_OF_HH, " Yes", " No")
+
+
+@pytest.mark.parametrize("text", ('[{"a": 1}]', '[{"role": "user"', "[1] is a number", "[]"))
+def test_other_text_in_brackets_stays_text(text):
+    assert split_row({"prompt": "Q", "chosen": text, "rejected": "B"}).chosen == text
+
+
+# ---- Rows that a chat template refuses -----------------------------------------------------
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+)
+ASKS_FOR_SYSTEM = NO_SYSTEM.replace("==", "!=").replace("not supported", "expected")
+COUNTING = "{% if messages[0].content == 'odd' %}{{ messages | length }}{% endif %}" + CHATML
+SYSTEM = {"role": "system", "content": "Be kind."}
+WITH_SYSTEM = talk("") | {"prompt": [SYSTEM, user("Hi")]}
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "reason"),
+    [
+        (NO_SYSTEM, WITH_SYSTEM, "the chat template refuses it: System role not supported"),
+        (ALTERNATING, WITH_SYSTEM, "the chat template refuses it: Conversation roles must alter"),
+        (ASKS_FOR_SYSTEM, talk("Hi"), "the chat template refuses it: System role expected"),
+        (COUNTING, talk("odd"), "the chat template does not continue its own prompt"),
+        (CHATML, talk(None), "no shared prompt"),
+        (CHATML, talk("Hi", None), "must be text or lists of messages"),
+    ],
+)
+def test_a_row_that_the_template_refuses_is_dropped_in_its_words(
+    template, row, reason, tmp_path, capsys
+):
+    """Whether it is the first row or the last; if there is no other, the run ends."""
+    good = [talk(f"Q{number}") for number in range(60)]
+    if template == ASKS_FOR_SYSTEM:
+        good = [talk("") | {"prompt": [SYSTEM, user(f"Q{number}")]} for number in range(60)]
+    for rows in ([row, *good], [*good, row]):
+        path = write_rows(tmp_path / "rows.jsonl", rows)
+        train, heldout = load_pairs(str(path), letters(template))
+        assert len(train) + len(heldout) == 60
+        shown = capsys.readouterr().out
+        assert "train: 1 of 61 rows dropped: " in shown
+        assert reason in shown
+    path = write_rows(tmp_path / "rows.jsonl", [row] * 3)
+    with pytest.raises(InputError, match="no row can be used; 3 of 3: ") as error:
+        load_pairs(str(path), letters(template))
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ({"a": CHATML, "b": CHATML}, "none of the tokenizer's chat templates is called default"),
+    ],
+)
+def test_a_template_that_is_no_use_gives_one_line_and_no_harm_to_text(template, reason, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [talk("Hi")] * 3)
+    with pytest.raises(InputError, match=f"no row can be used; 3 of 3: .*{reason}") as error:
+        load_pairs(str(path), letters(template))
+    assert "\n" not in str(error.value)
+    assert split_row({"prompt": "Q", "chosen": "A", "rejected": "B"}, Chat(letters(template)))
+    named = Chat(letters({"other": template, "default": CHATML}))
+    assert split_row(talk("Hi"), named).prompt.startswith("<|im_start|>user\nHi<|im_end|>")
+
+
 # ---- Files and directories -----------------------------------------------------------------
 ROWS = [hh(dialogue(f"Hi {i}", f'"A", {i}'), dialogue(f"Hi {i}", "B\nC")) for i in range(40)]
 
@@ -169,6 +256,74 @@ def test_every_file_format_gives_the_same_pairs(name, tmp_path):
     (tmp_path / name).write_bytes(content)
     train, heldout = load_pairs(str(tmp_path / name))
     assert {*train, *heldout} == {split_row(row) for row in ROWS}
+
+
+def test_an_answer_none_or_na_in_a_csv_file_is_an_answer(tmp_path):
+    rows = "".join(f"Q{number},None,NA\n" for number in range(40))
+    (tmp_path / "rows.csv").write_text(f"prompt,chosen,rejected\n{rows}")
+    train, heldout = load_pairs(str(tmp_path / "rows.csv"))
+    assert {pair[1:3] for pair in train + heldout} == {("None", "NA")}
+    assert len(train) + len(heldout) == 40
+
+
+def test_brackets_and_stars_in_a_path_are_letters(tmp_path):
+    folder = tmp_path / "[a]*"
+    folder.mkdir()
+    for name in ("rows[1]*.jsonl", "train.jsonl", "test.jsonl"):
+        write_rows(folder / name, ROWS)
+    for path in (folder / "rows[1]*.jsonl", folder):
+        train, heldout = load_pairs(str(path))
+        assert {*train, *heldout} == {split_row(row) for row in ROWS}
+
+
+@pytest.mark.parametrize("hub", (False, True), ids=("files", "hub"))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        *(("train_prefs", "test_prefs"), ("train_pref", "test_pref")),
+        *(("train", name) for name in ("validation", "valid", "val", "dev", "eval")),
+    ],
+)
+def test_parts_are_known_by_the_names_in_use(first, second, hub, tmp_path, monkeypatch, capsys):
+    """Files and splits beside them are left alone, and what is read is told."""
+    for name, part in ((first, ROWS[:30]), (second, ROWS[30:]), (f"{first}_old", ROWS[:3])):
+        write_rows(tmp_path / f"{name}.jsonl", part)
+    source = str(tmp_path)
+    if hub:
+        files = {path.stem: datasets.Dataset.from_json(str(path)) for path in tmp_path.iterdir()}
+        monkeypatch.setattr(datasets, "load_dataset", lambda _: datasets.DatasetDict(files))
+        source = "someone/pairs"
+    train, heldout = load_pairs(source)
+    assert set(train) == {split_row(row) for row in ROWS[:30]}
+    assert set(heldout) == {split_row(row) for row in ROWS[30:]}
+    told = capsys.readouterr().out
+    assert all(f"{name}.jsonl" in told for name in (first, second)) != hub
+    assert "old" not in told
+
+
+def test_parts_of_other_names_are_listed_in_the_error(tmp_path):
+    for name in ("mine", "yours"):
+        write_rows(tmp_path / f"{name}.jsonl", ROWS)
+    with pytest.raises(InputError, match="holds mine, yours; it needs one of train, train_prefs"):
+        load_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ("rows.jsonl.gz", "rows.csv.gz", "rows.parquet", "rows.json"))
+def test_a_file_that_breaks_off_gives_one_line(name, tmp_path):
+    content = gzip.compress(json.dumps(ROWS).encode())
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"cannot load .*rows\.") as error:
+        load_pairs(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_cannot_be_loaded_gives_one_line(monkeypatch):
+    def fail(_):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(InputError, match="cannot load 'someone/pairs': no network; --data takes"):
+        load_pairs("someone/pairs")
 
 
 def test_files_of_messages_give_their_pairs(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from toys import assert_p3o_moved_every_weight, small, status, tokenize, write_rows
+from toys import assert_p3o_moved_every_weight, small, status, talk, tokenize, write_rows
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -188,14 +188,6 @@ def chat_model(tmp_path_factory):
     return folder
 
 
-def row_of(question: str, chosen: str = "Oil the chain.", rejected: str = "Who cares?") -> dict:
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
-
-
 @pytest.fixture
 def loaded(chat_model):
     cfg = small(model=str(chat_model), prompt_tokens=96, response_tokens=24)
@@ -223,8 +215,8 @@ def test_padding_gets_a_token_and_an_embedding_of_its_own_and_the_rest_stays(loa
 
 def test_a_prompt_is_the_templates_to_the_token_and_a_response_ends_with_one_eos(loaded):
     _, tokenizer, encoded = loaded
-    row = row_of("My bike is slow.")
-    quoting = row_of("My bike is slow.", chosen=f"Oil the chain.{END} Then test it.")
+    row = talk("My bike is slow.")
+    quoting = talk("My bike is slow.", f"Oil the chain.{END} Then test it.")
     example, other = encoded(row, quoting)
     whole = tokenizer.apply_chat_template(row["prompt"] + row["chosen"])["input_ids"]
     assert example.prompt + example.chosen == whole[:-1]
@@ -236,7 +228,7 @@ def test_a_prompt_is_the_templates_to_the_token_and_a_response_ends_with_one_eos
 
 def test_a_prompt_that_is_too_long_keeps_its_end(loaded):
     _, tokenizer, encoded = loaded
-    (example,) = encoded(row_of("My bike is slow. " * 40))
+    (example,) = encoded(talk("My bike is slow. " * 40))
     assert len(example.prompt) == 96
     assert tokenizer.decode(example.prompt).endswith(f"{END}\n{START}assistant\n")
 
@@ -244,7 +236,7 @@ def test_a_prompt_that_is_too_long_keeps_its_end(loaded):
 def test_it_goes_through_every_stage_and_the_library_chats_with_the_result(
     chat_model, quick, out, tmp_path
 ):
-    rows = [row_of(f"My bike is slow, {number}.") for number in range(120)]
+    rows = [talk(f"My bike is slow, {number}.") for number in range(120)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     options = ["--model", str(chat_model), "--data", str(data), "--prompt-tokens", "96"]
     assert status([*quick, *options]) == 0

@@ -540,7 +540,10 @@ LONG = [{"prompt": f"Q{i}", "chosen": "So " * 40, "rejected": "So " * 41} for i 
         (b"", "rows.jsonl"),
         (f"{SAME}\n{SAME}\n".encode(), "no row can be used; 2 of 2: equal responses"),
         (f"{GOOD}\n{SAME}\n".encode(), "too few usable rows"),
-        ("\n".join(map(json.dumps, LONG)).encode(), "too few pairs are left; raise --prompt-tokens or --resp"),
+        (
+            "\n".join(map(json.dumps, LONG)).encode(),
+            "too few pairs are left; raise --prompt-tokens or --resp",
+        ),
     ],
 )
 def test_bad_data_gives_one_line_and_writes_nothing(content, message, quick, out, tmp_path, capsys):

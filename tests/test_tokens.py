@@ -4,11 +4,22 @@ import copy
 
 import pytest
 import torch
-from toys import EOS, LONGEST, TOY_PROMPTS, dialogue, encode, nothing, small
+from toys import (
+    CHATML,
+    EOS,
+    LONGEST,
+    TOY_PROMPTS,
+    dialogue,
+    encode,
+    letters,
+    nothing,
+    small,
+    talk,
+)
 
 import p3o
 from data import preferences
-from data.preferences import InputError, Pair
+from data.preferences import Chat, Example, InputError, Pair, split_row
 
 
 # ---- Text to tokens ------------------------------------------------------------------------
@@ -53,8 +64,157 @@ def test_pairs_that_are_equal_once_cut_are_dropped_and_counted(tiny, capsys):
     examples = preferences.tokenize(pairs, tokenizer, 9, limit)
     assert [example.text for example in examples] == pairs[1:]
     assert "1 of 3 pairs dropped: equal once truncated" in capsys.readouterr().out
-    with pytest.raises(InputError, match="too few pairs are left; raise .*--response-tokens"):
+    with pytest.raises(InputError, match=r"too few pairs are left; raise .*--response-tokens"):
         preferences.tokenize(pairs[:2], tokenizer, 9, limit)
+
+
+# ---- Tokenizers and chat templates of every family -------------------------------------------
+WITH_BOS = "{{ bos_token }}" + CHATML
+# Zephyr's. Its SentencePiece tokenizer puts a space before a text, so also before a lone response
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def encoded(row: dict, tokenizer, prompt_tokens: int = 999) -> Example:
+    """Return a row's ids; a chat template is applied to messages."""
+    pair = split_row(row, Chat(tokenizer))
+    example, _ = preferences.tokenize([pair, pair], tokenizer, prompt_tokens, 99)
+    return example
+
+
+def text(prompt: str, chosen: str = " A", rejected: str = " B") -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize("leading", ("", "<s>"))
+@pytest.mark.parametrize("template", (None, CHATML, WITH_BOS))
+def test_a_prompt_begins_with_what_its_text_needs_and_never_twice(template, leading):
+    """A text with what the tokenizer puts in front, a templated one with the template's BOS."""
+    tokenizer = letters(template, leading=leading, bos_token="<s>")
+    bos = tokenizer.bos_token_id
+    wanted = template == WITH_BOS if template else bool(leading)
+    for limit in (999, 24):
+        row = talk("Hi, " * 9 + "you?") if template else text("Hi, " * 9 + "you?")
+        example = encoded(row, tokenizer, limit)
+        ids = example.prompt + example.chosen + example.rejected
+        assert ids.count(bos) == wanted, f"{limit} tokens: {ids}"
+        assert (example.prompt[0] == bos) == wanted
+        assert (
+            tokenizer.decode(example.prompt).removesuffix("<|im_end|>\n<|im_start|>assistant\n")[
+                -4:
+            ]
+            == "you?"
+        )
+        assert limit == 999 or len(example.prompt) == limit or template
+    assert encoded(text("<s>Hi"), tokenizer).prompt.count(bos) == 1, "the text spells it out"
+
+
+@pytest.mark.parametrize("metaspace", (False, True), ids=("bytes", "SentencePiece"))
+@pytest.mark.parametrize("row", (text("Hi:", " Yes"), text("Hi:\n", "Yes"), talk("Hi", "Yes")))
+def test_prompt_and_response_have_the_ids_of_the_whole_text(row, metaspace):
+    """A space before the response would be one that sampling never sees."""
+    tokens = ("<|user|>", "<|assistant|>")
+    tokenizer = letters(ZEPHYR, tokens=tokens, leading="<s>", bos_token="<s>", metaspace=metaspace)
+    example = encoded(row, tokenizer)
+    pair = example.text
+    templated = pair.messages is not None
+    for response, ids in ((pair.chosen, example.chosen), (pair.rejected, example.rejected)):
+        whole = tokenizer.encode(pair.prompt + response, add_special_tokens=not templated)
+        assert example.prompt + ids == [*whole, tokenizer.eos_token_id]
+
+
+def test_a_token_across_the_boundary_is_split_there():
+    """A prompt must have the same ids in both responses, in sampling and in training."""
+    tokenizer = letters(merges=(("i", "t"),))
+    assert len(tokenizer.encode("Hit")) == 2
+    example = encoded(text("Hi", "to", "no"), tokenizer)
+    whole = example.prompt + example.chosen
+    assert tokenizer.convert_ids_to_tokens(whole) == ["H", "i", "t", "o", "<eos>"]
+    assert tokenizer.decode(example.rejected) == "no<eos>"
+
+
+@pytest.mark.parametrize("pad", ("<pad>", "END"))
+@pytest.mark.parametrize("end", ("<|im_end|>", "<end_of_turn>", "<|end|>", "<eos>"))
+def test_the_token_that_ends_a_turn_is_eos_and_a_response_has_it_once(end, pad, capsys):
+    template = CHATML.replace("<|im_end|>", end)
+    pad = pad.replace("END", end)
+    tokenizer = letters(template, tokens=("<|im_start|>", end), pad_token=pad)
+    for response in ("Yes", f"Yes{end}", f"Yes{end} and more"):
+        example = encoded(talk("Hi", response), tokenizer)
+        assert tokenizer.decode(example.chosen) == f"Yes{end}"
+    assert tokenizer.eos_token == end
+    told = f"EOS is {end}, which ends a turn in the chat template\n"
+    assert capsys.readouterr().out == told * (end != "<eos>")
+
+
+def test_an_eos_that_a_text_spells_out_ends_it_and_is_there_once():
+    example = encoded(text("Hi", " A<eos>", " B<eos> and more"), letters())
+    assert letters().decode(example.chosen) == " A<eos>"
+    assert letters().decode(example.rejected) == " B<eos>"
+
+
+# ---- Long dialogues ------------------------------------------------------------------------
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def turns(count: int, system: bool = True, last: str = "?") -> list[dict[str, str]]:
+    """Return `count` questions with answers in between, and the system's message before them."""
+    messages = [SYSTEM] * system
+    for number in range(count - 1):
+        messages.append({"role": "user", "content": f"Q{number}"})
+        messages.append({"role": "assistant", "content": f"A{number}"})
+    return [*messages, {"role": "user", "content": last}]
+
+
+def rendered(tokenizer, messages: list[dict]) -> str:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+@pytest.mark.parametrize("system", (True, False))
+def test_a_long_templated_prompt_loses_whole_turns_and_is_rendered_again(system):
+    """The template's beginning, the system's message and the assistant's header stay."""
+    tokenizer = letters(WITH_BOS, bos_token="<s>")
+    messages = turns(6, system)
+    row = talk("", "Yes") | {"prompt": messages}
+    lengths = []
+    for dropped in range(6):
+        kept = messages[:system] + messages[system + 2 * dropped :]
+        ids = tokenizer.encode(rendered(tokenizer, kept), add_special_tokens=False)
+        lengths.append(len(ids))
+        assert encoded(row, tokenizer, len(ids)).prompt == ids
+        if dropped:
+            assert encoded(row, tokenizer, lengths[-2] - 1).prompt == ids, "one too few for more"
+
+
+@pytest.mark.parametrize("system", (True, False))
+def test_a_last_message_that_is_too_long_loses_its_beginning(system):
+    tokenizer = letters(WITH_BOS, bos_token="<s>")
+    messages = turns(3, system, "a b c d e f g h i j" * 9)
+    row = talk("", "Yes") | {"prompt": messages}
+    whole = rendered(tokenizer, messages[:system] + messages[-1:])
+    for limit in (60, 59):
+        prompt = encoded(row, tokenizer, limit).prompt
+        assert len(prompt) == limit
+        shown = tokenizer.decode(prompt)
+        head, tail = shown.split("user\n")
+        assert whole.startswith(head)
+        assert whole.endswith(tail)
+    for prompt in (messages, [SYSTEM]):
+        with pytest.raises(InputError, match="too few pairs are left"):
+            encoded(row | {"prompt": prompt}, tokenizer, 5)
+
+
+@pytest.mark.parametrize("template", (None, CHATML))
+def test_few_encodings_are_enough_for_many_turns(template, monkeypatch):
+    tokenizer = letters(template)
+    row = talk("", "Yes") | {"prompt": turns(800)}
+    plain = tokenizer.encode
+    calls = []
+    monkeypatch.setattr(tokenizer, "encode", lambda *a, **o: calls.append(a) or plain(*a, **o))
+    assert len(encoded(row, tokenizer, 200).prompt) in range(160, 201)
+    assert len(calls) < 60, "for two pairs"
 
 
 # ---- Tokens to batches ---------------------------------------------------------------------

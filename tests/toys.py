@@ -96,7 +96,7 @@ def letters(
     else:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-    special = {"eos_token": "<eos>"} | special
+    special = {name: token for name, token in ({"eos_token": "<eos>"} | special).items() if token}
     backend.add_special_tokens([*special.values(), *tokens])
     if leading:
         ids = [(leading, backend.token_to_id(leading))]
@@ -186,6 +186,15 @@ def dialogue(*turns: str) -> str:
         who = "Assistant" if i % 2 else "Human"
         text += f"\n\n{who}: {turn}"
     return text
+
+
+def talk(question: str, chosen: str = "Yes", rejected: str = "No") -> dict[str, list]:
+    """Return a row of messages: a question and two answers."""
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
