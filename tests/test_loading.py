@@ -1,6 +1,8 @@
 """Loading the model that SFT starts from: plain ones, chat models, and those that are refused."""
 
 import json
+import math
+import re
 import socket
 from pathlib import Path
 
@@ -8,18 +10,34 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
-from toys import assert_p3o_moved_every_weight, small, status, talk, tokenize, write_rows
+from toys import (
+    CHATML,
+    assert_p3o_moved_every_weight,
+    letters,
+    llama,
+    small,
+    status,
+    talk,
+    tokenize,
+    write_rows,
+)
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     pipeline,
 )
 
@@ -124,6 +142,122 @@ def test_a_family_that_a_later_stage_could_not_use_is_refused(unfit, reason, tin
     tiny[2].save_pretrained(tmp_path)
     with pytest.raises(InputError, match=reason):
         p3o.load_base(config(tmp_path))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small Llama and its tokenizer, both sound."""
+    tokenizer = letters()
+    llama(len(tokenizer), max_position_embeddings=80).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_positions_are_limited_under_any_name(folder):
+    assert p3o.load_base(config(folder, prompt_tokens=40))
+    with pytest.raises(InputError, match="must be at most 80"):
+        p3o.load_base(config(folder, prompt_tokens=41))
+
+
+def test_a_tokenizer_without_eos_is_refused(folder):
+    letters(eos_token=None).save_pretrained(folder)
+    with pytest.raises(InputError, match="its tokenizer has no EOS token"):
+        p3o.load_base(config(folder))
+
+
+def test_tokens_without_an_embedding_get_one(folder):
+    """Some models come with more tokens than their embedding has rows, so ids would point past."""
+    letters(tokens=tuple(f"<{i}>" for i in range(9)), pad_token="<pad>").save_pretrained(folder)
+    model, tokenizer = p3o.load_base(config(folder))
+    assert len(tokenizer) == len(letters()) + 8
+    assert model(torch.tensor([[len(tokenizer) - 1]])).logits.shape[-1] == len(tokenizer)
+
+
+def edited(**changes):
+    """Return a function that changes a model's tensors, given as NAME=function of the tensor."""
+
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        for name, change in changes.items():
+            tensor = change(tensors.pop(name))
+            if tensor is not None:
+                tensors[name] = tensor
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+def compiled(folder: Path) -> None:
+    """Prefix all names as torch.compile does."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def weights(change):
+    """Return a function that changes the bytes of a model's file."""
+
+    def edit(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return edit
+
+
+def adapter(alone: bool):
+    def edit(folder: Path) -> None:
+        base = {"peft_type": "LORA", "base_model_name_or_path": "someone/base"}
+        (folder / "adapter_config.json").write_text(json.dumps(base))
+        if alone:
+            (folder / "model.safetensors").unlink()
+            (folder / "config.json").unlink()
+
+    return edit
+
+
+def narrower(folder: Path) -> None:
+    shape = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 24}
+    (folder / "config.json").write_text(json.dumps(shape))
+
+
+def t5(folder: Path) -> None:
+    sizes = dict(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).save_pretrained(folder)
+
+
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (compiled, f"its weights lack .*{EMBEDDING}"),
+        (edited(**{NORM: lambda _: None}), f"its weights lack {NORM}"),
+        (edited(**{NORM: lambda weight: weight * math.nan}), f"{NORM} holds NaN"),
+        (edited(**{EMBEDDING: lambda weight: weight / 0}), f"{EMBEDDING} holds NaN or inf"),
+        (adapter(alone=True), "LoRA adapter; merge it"),
+        (adapter(alone=False), "LoRA adapter; merge it"),
+        (weights(lambda _: b""), "header"),
+        (weights(lambda content: content[:3000]), "incomplete metadata"),
+        (weights(lambda _: POINTER), "header"),
+        (narrower, "size"),
+        (t5, "T5Config.* AutoModelForCausalLM"),
+    ],
+    ids=(
+        *("compiled", "a tensor dropped", "NaN", "infinite", "adapter", "adapter beside weights"),
+        *("empty", "truncated", "LFS pointer", "other shapes", "encoder-decoder"),
+    ),
+)
+def test_a_model_that_is_not_whole_is_refused_in_one_line(damage, reason, folder):
+    """Missing weights would be drawn at random, and training would start from noise."""
+    damage(folder)
+    with pytest.raises(InputError) as error:
+        p3o.load_base(config(folder))
+    print(error.value)
+    assert re.search(reason, str(error.value))
+    assert str(error.value).startswith(f"--model {folder}: ")
+    assert "\n" not in str(error.value)
 
 
 def test_offline_one_try_is_enough(tmp_path, monkeypatch, capsys):
@@ -231,6 +365,29 @@ def test_a_prompt_that_is_too_long_keeps_its_end(loaded):
     (example,) = encoded(talk("My bike is slow. " * 40))
     assert len(example.prompt) == 96
     assert tokenizer.decode(example.prompt).endswith(f"{END}\n{START}assistant\n")
+
+
+def test_the_token_that_ends_a_turn_is_eos_in_all_that_is_saved(quick, out, tmp_path):
+    """Also where it was the padding: padding then gets a token of its own."""
+    end = "<|im_end|>"
+    tokenizer = letters(CHATML, pad_token=end)
+    llama(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    data = write_rows(tmp_path / "rows.jsonl", [talk(f"Q{number}") for number in range(120)])
+    options = ["--model", str(tmp_path), "--data", str(data), "--prompt-tokens", "64"]
+    assert status([*quick, *options]) == 0
+    for stage in p3o.STAGES:
+        saved = AutoTokenizer.from_pretrained(out / stage)
+        config = AutoConfig.from_pretrained(out / stage)
+        ids = {saved.eos_token_id, config.eos_token_id}
+        pads = {saved.pad_token_id, config.pad_token_id}
+        if stage != "reward":  # which generates nothing
+            settings = GenerationConfig.from_pretrained(out / stage)
+            ids.add(settings.eos_token_id)
+            pads.add(settings.pad_token_id)
+        assert ids == {tokenizer.convert_tokens_to_ids(end)}, stage
+        assert len(pads) == 1
+        assert not pads & ids
 
 
 def test_it_goes_through_every_stage_and_the_library_chats_with_the_result(
