@@ -254,7 +254,6 @@ def test_a_model_that_is_not_whole_is_refused_in_one_line(damage, reason, folder
     damage(folder)
     with pytest.raises(InputError) as error:
         p3o.load_base(config(folder))
-    print(error.value)
     assert re.search(reason, str(error.value))
     assert str(error.value).startswith(f"--model {folder}: ")
     assert "\n" not in str(error.value)
@@ -367,7 +366,7 @@ def test_a_prompt_that_is_too_long_keeps_its_end(loaded):
     assert tokenizer.decode(example.prompt).endswith(f"{END}\n{START}assistant\n")
 
 
-def test_the_token_that_ends_a_turn_is_eos_in_all_that_is_saved(quick, out, tmp_path):
+def test_the_token_that_ends_a_turn_is_eos_in_all_that_is_saved(quick, out, tmp_path, capsys):
     """Also where it was the padding: padding then gets a token of its own."""
     end = "<|im_end|>"
     tokenizer = letters(CHATML, pad_token=end)
@@ -388,6 +387,11 @@ def test_the_token_that_ends_a_turn_is_eos_in_all_that_is_saved(quick, out, tmp_
         assert ids == {tokenizer.convert_tokens_to_ids(end)}, stage
         assert len(pads) == 1
         assert not pads & ids
+    *_, build, use = capsys.readouterr().out.splitlines()
+    names = {}
+    exec(build.strip(), names)
+    (answer,) = eval(use.strip(), names)
+    assert answer["generated_text"][-1]["role"] == "assistant", "the printed code does not chat"
 
 
 def test_it_goes_through_every_stage_and_the_library_chats_with_the_result(
