@@ -147,7 +147,7 @@ def load_splits(source: str) -> dict[str, list[dict]]:
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if reader_of(file))
             splits = named_splits({file.name.split(".")[0]: file for file in files}, source)
-            print(f"reading {', '.join(file.name for file in splits.values())} of {source}")
+            print(f"reading {' and '.join(file.name for file in splits.values())}")
             return {split: read_file(file) for split, file in splits.items()}
         if path.is_file():
             return {"train": read_file(path)}
