@@ -115,7 +115,9 @@ def load_pairs(
     heldout = usable_pairs(splits.get("test", []), f"{source}, test", chat)
     if not heldout:
         # NOTE by prompt: answers to one prompt are alike, and would give each other away
-        tenths = [zlib.crc32(pair.prompt.encode()) % 10 for pair in train]
+        # of messages themselves, so that no chat template and no date changes the choice
+        keys = [repr(pair.messages) if pair.messages else pair.prompt for pair in train]
+        tenths = [zlib.crc32(key.encode()) % 10 for key in keys]
         heldout = [pair for pair, tenth in zip(train, tenths, strict=True) if tenth == 0]
         train = [pair for pair, tenth in zip(train, tenths, strict=True) if tenth != 0]
     if not train or len(heldout) < 2:  # an interval takes two values
