@@ -202,13 +202,13 @@ def run(quick_data, tmp_path_factory) -> Run:
 
         monkeypatch.setattr(p3o, name, watched)
 
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
         shorten(monkeypatch)
         for name in ("train_sft", "train_reward", "set_gain", "train_policy", "evaluate", "save"):
             watch(name, monkeypatch)
         assert status(quick_options(quick_data, seen.out)) == 0
-    seen.printed = printed.getvalue()
+    seen.printed = printed.buffer.getvalue().decode()
     return seen
 
 

@@ -384,7 +384,7 @@ def own(quick, tmp_path, monkeypatch):
     tokenizer = letters(template)
     llama(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    write_rows(tmp_path / "rows.jsonl", [talk(f"Q{number}") for number in range(40)])
+    write_rows(tmp_path / "rows.jsonl", [talk(f"Q{number}") for number in range(120)])
     names = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")]
     return [*quick, "--prompt-tokens", "64", *names], seen
 
@@ -417,7 +417,7 @@ def test_a_template_that_prints_the_date_prints_that_of_the_first_start(
     assert first == resumed
     assert "01 May 2030" in first[0].text.prompt
     assert "02 May 2030" in another[0].text.prompt
-    # the date is no part of what the rows are
+    # the date is no part of what the rows are, nor of which are held out
     assert preferences.checksum(first) == preferences.checksum(another)
 
 
@@ -428,9 +428,9 @@ def test_a_model_and_data_of_another_name_go_on_and_of_other_content_do_not(own,
     (tmp_path / "rows.jsonl").rename(data)
     options += ["--model", str(model), "--data", str(data)]
     assert "interrupted" in told(options, capsys)
-    write_rows(data, [talk(f"Q{number}") for number in range(39)] + [talk("Q39", "Yes", "no")])
+    write_rows(data, [talk(f"Q{number}") for number in range(119)] + [talk("Q119", "Yes", "no")])
     assert "was made with other rows; change --out" in told(options, capsys)
-    write_rows(data, [talk(f"Q{number}") for number in range(40)])
+    write_rows(data, [talk(f"Q{number}") for number in range(120)])
     changed = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
         changed.model.norm.weight[0] += 1e-3
@@ -469,6 +469,7 @@ def test_a_stage_appears_only_with_its_tokenizer(tiny, tmp_path):
 
 
 FULL = pytest.mark.xfail(strict=True, reason="p3o.main does not expect the libraries' errors")
+SIMPLE = pytest.mark.xfail(strict=True, reason="p3o.main takes it that streams can reconfigure")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
@@ -501,7 +502,7 @@ def test_a_disk_that_fills_up_while_a_stage_is_saved_gives_one_line(
     assert status(options) == 0
 
 
-@pytest.mark.parametrize("kind", ("cp1252", "ascii", "no reconfigure"))
+@pytest.mark.parametrize("kind", ("cp1252", "ascii", pytest.param("no reconfigure", marks=SIMPLE)))
 def test_a_console_that_knows_no_greek_loses_nothing(kind, undone, monkeypatch):
     """The progress of a run and the help hold ρ, −, × and ±. A notebook's streams are simple."""
     options = undone("reward")
