@@ -313,10 +313,10 @@ p3o.py
 +kind.from_pretrained(folder, dtype=torch.bfloat16
 # the reward model saved before its gain
   test_the_reward_model_is_saved_with_its_gain
--        gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
--        save(out / "reward", reward_model, tokenizer)
-+        save(out / "reward", reward_model, tokenizer)
-+        gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
+-            gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
+-            save(out / "reward", reward_model, tokenizer)
++            save(out / "reward", reward_model, tokenizer)
++            gain = set_gain(reward_model, sft, prompts[:GAIN_PROMPTS], cfg)
 # the checkpoint deleted before the policy is saved
   test_the_checkpoint_is_kept_until_the_policy_is_saved
 -        save(out / "p3o", policy, tokenizer)
@@ -331,8 +331,8 @@ p3o.py
 -min((step + 1) / warmup,
 +min(step / warmup,
 # a model that caps its logits is accepted
-  test_a_model_that_changes_its_logits_after_the_head_is_refused_by_name
--if not torch.allclose(model(ids).logits, model.get_output_embeddings()(hidden)):
+  test_a_family_that_a_later_stage_could_not_use_is_refused
+-if not torch.allclose(steps[2][0], logits, atol=1e-3):
 +if False:
 # an EOS in the prompt counts as the response's
   test_an_eos_of_the_prompt_does_not_finish_the_response
@@ -343,8 +343,8 @@ p3o.py
 -    checkpoint.unlink(missing_ok=True)
 # held-out pairs in the training data
   test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else
--examples = tokenize(train_pairs, tokenizer,
-+examples = tokenize(train_pairs + heldout_pairs, tokenizer,
+-train_sft(policy, examples, cfg
++train_sft(policy, examples + heldout, cfg
 # the gain set on the base model's samples
   test_the_gain_is_set_on_samples_of_the_sft_model_for_a_few_prompts
 -gain = set_gain(reward_model, sft,
@@ -373,10 +373,8 @@ p3o.py
 +examples = examples[-cfg.eval_prompts :]
 # stage 3 trains on held-out prompts
   test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else
--    prompts = [example.prompt for example in examples]
--    out
-+    prompts = [example.prompt for example in heldout]
-+    out
+-score, p3o_loss, prompts, cfg, log
++score, p3o_loss, [example.prompt for example in heldout], cfg, log
 # SFT evaluated as the policy
   test_what_is_evaluated_is_what_was_saved
 -policy = load(out / "p3o")
@@ -404,32 +402,127 @@ p3o.py
   test_evaluation_by_hand
 -judge.gold_reward(prompt, answer))
 +judge.gold_reward(prompt, answers["sft"][len(answers[name]) - 1]))
+# missing weights drawn at random
+  test_a_model_that_is_not_whole_is_refused_in_one_line
+-if missing := loading["missing_keys"]:
++if missing := []:
+# infinite weights accepted
+  test_a_model_that_is_not_whole_is_refused_in_one_line
+-if not weight.isfinite().all():
++if weight.isnan().any():
+# a LoRA adapter beside the weights ignored
+  test_a_model_that_is_not_whole_is_refused_in_one_line
+-if find_adapter_config_file(cfg.model):
++if find_adapter_config_file(cfg.model) and not find_adapter_config_file(cfg.model):
+# models saved with the EOS from before the chat template
+  test_the_token_that_ends_a_turn_is_eos_in_all_that_is_saved
+-    fit_tokens(policy, tokenizer, cfg)  # a chat template may end turns with another EOS
+# two runs write to one directory
+  test_two_runs_do_not_share_a_directory
+-with FileLock(out / ".lock", blocking=False):
++with contextlib.nullcontext():
+# a run goes on with other rows of the same name
+  test_a_model_and_data_of_another_name_go_on_and_of_other_content_do_not
+-rows=checksum(examples)
++rows=len(examples)
+# a stage's folder appears without its tokenizer
+  test_a_stage_appears_only_with_its_tokenizer
+-        tokenizer.save_pretrained(scratch)
++    tokenizer.save_pretrained(folder)
 """)
 
 DATA_BUGS = bugs(r"""
 data/preferences.py
 # long prompts lose part of a turn first
   test_a_long_prompt_loses_whole_turns_then_the_beginning_of_its_last
--while len(ids) > limit and HUMAN in text[1:]:
-+while False:
+-if pair.messages else shorten_text(text, fits)
++if pair.messages else text
 # prompts truncated at the end
   test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos
--return ids[-limit:]
-+return ids[:limit]
+-prompt = leading + prompt[len(prompt) - prompt_tokens + len(leading) :]
++prompt = prompt[:prompt_tokens]
 # EOS appended to a truncated response
   test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos
--return [*ids, tokenizer.eos_token_id][:limit]
-+return [*ids[: limit - 1], tokenizer.eos_token_id]
+-[*ids, chat.tokenizer.eos_token_id][:response_tokens]
++[*ids[: response_tokens - 1], chat.tokenizer.eos_token_id]
 # no EOS in the training data
   test_tokenizing_keeps_the_end_of_prompts_and_forges_no_eos
--return [*ids, tokenizer.eos_token_id][:limit]
-+return ids[:limit]
-# the tokenizer's own BOS between prompt and response
-  test_no_token_is_added_by_the_tokenizer_itself
--    ids = tokenizer.encode(text, add_special_tokens=False)
--    return [*ids
-+    ids = tokenizer.encode(text)
-+    return [*ids
+-[*ids, chat.tokenizer.eos_token_id][:response_tokens]
++ids[:response_tokens]
+# no BOS before a text, though the tokenizer puts one there
+  test_a_prompt_begins_with_what_its_text_needs_and_never_twice
+-return ids if pair.messages or ids[: len(leading)] == leading else leading + ids
++return ids
+# the tokenizer's BOS before a templated prompt, too
+  test_a_prompt_begins_with_what_its_text_needs_and_never_twice
+-return ids if pair.messages or ids[: len(leading)] == leading else leading + ids
++return leading + ids
+# BOS lost when a prompt is cut
+  test_a_prompt_begins_with_what_its_text_needs_and_never_twice
+-prompt = leading + prompt[len(prompt) - prompt_tokens + len(leading) :]
++prompt = prompt[-prompt_tokens:]
+# responses tokenized by themselves: SentencePiece puts a space before each
+  test_prompt_and_response_have_the_ids_of_the_whole_text
+-if whole[: len(prompt)] != prompt:
++if whole:
+# a token across the boundary left out
+  test_a_token_across_the_boundary_is_split_there
+-if whole[: len(prompt)] != prompt:
++if not whole:
+# the token that ends a turn said before EOS
+  test_the_token_that_ends_a_turn_is_eos_and_a_response_has_it_once
+-                    self.tokenizer.eos_token = name
+# EOS of a text kept, and another appended
+  test_an_eos_that_a_text_spells_out_ends_it_and_is_there_once
+-split_texts(prompt, chat.until_eos(chosen), chat.until_eos(rejected))
++split_texts(prompt, chosen, rejected)
+# EOS of the chat template kept, and another appended
+  test_messages_go_through_the_tokenizers_own_chat_template
+-return self.until_eos(whole[len(start) :])
++return whole[len(start) :]
+# a long templated prompt loses its system message
+  test_a_long_templated_prompt_loses_whole_turns_and_is_rendered_again
+-system = messages[:1] if messages[0]["role"] == "system" else []
++system = []
+# each turn of a long dialogue tried in turn
+  test_few_encodings_are_enough_for_many_turns
+-kept = bisect.bisect_left(starts, True, key=lambda start: fits(text[start:]))
++kept = [*map(fits, [text[start:] for start in starts]), True].index(True)
+# a row that the chat template refuses stops the run
+  test_a_row_that_the_template_refuses_is_dropped_in_its_words
+-except Exception as error:  # templates raise whatever they like
++except KeyError as error:
+# the template probed with a dialogue that it may refuse
+  test_a_row_that_the_template_refuses_is_dropped_in_its_words
+-probe = [*prompt, {
++probe = [{"role": "user", "content": "Hello"}, {
+# a prompt that the answers repeat is said twice
+  test_a_prompt_that_the_answers_repeat_is_not_part_of_them
+-            rejected = rejected[len(prompt) :]
+-        return
++            rejected = rejected[len(prompt) :]
++            chosen, rejected = prompt + chosen, prompt + rejected
++        return
+# messages in JSON taken for text
+  test_a_prompt_that_the_answers_repeat_is_not_part_of_them
+-        if is_messages(messages):
++        if not is_messages(messages):
+# an answer "None" in a CSV file missing
+  test_an_answer_none_or_na_in_a_csv_file_is_an_answer
+-{"keep_default_na": False}
++{"keep_default_na": True}
+# brackets in a path taken for a pattern
+  test_brackets_and_stars_in_a_path_are_letters
+-path = glob.escape(str(file))
++path = str(file)
+# a part named validation not found
+  test_parts_are_known_by_the_names_in_use
+-"test_pref", "validation", "valid"
++"test_pref", "valid"
+# a resumed run prints another date
+  test_a_template_that_prints_the_date_prints_that_of_the_first_start
+-day = datetime.fromisoformat(started) if started else datetime.now()
++day = datetime.now()
 # split at the first Assistant turn, not at the last shared one
   test_a_row_is_split_after_the_last_assistant_turn_that_both_share
 -end = shared.rfind(ASSISTANT)
@@ -440,20 +533,16 @@ data/preferences.py
 +end = chosen.rfind(ASSISTANT) + len(ASSISTANT)
 # hold out rows, not prompts
   test_a_single_file_holds_out_whole_prompts
--tenths = [zlib.crc32(pair.prompt.encode()) % 10 for pair in train]
-+tenths = [zlib.crc32(repr(pair).encode()) % 10 for pair in train]
+-zlib.crc32(key.encode()) % 10 for key in keys
++zlib.crc32(repr(pair).encode()) % 10 for pair in train
 # a row kept though one response holds a second question
   test_rows_that_cannot_be_used_are_dropped_with_their_reason
--if HUMAN in pair.chosen + pair.rejected:
-+if HUMAN in pair.chosen:
+-HUMAN in pair.chosen + pair.rejected:
++HUMAN in pair.chosen:
 # one held-out pair accepted
   test_one_held_out_pair_is_too_few
 -if not train or len(heldout) < 2:
 +if not train or len(heldout) < 1:
-# EOS of the chat template kept, and another appended
-  test_messages_go_through_the_tokenizers_own_chat_template
--whole[len(start) :].split(tokenizer.eos_token)[0]
-+whole[len(start) :]
 # all messages shared by both answers taken as the prompt
   test_messages_that_cannot_be_used_are_dropped_with_their_reason
 -while shared < min(len(chosen), len(rejected)) - 1 and
