@@ -237,8 +237,8 @@ UNNAMED = pytest.mark.xfail(strict=True, reason="the library only logs which sha
     [
         (compiled, f"its weights lack .*{EMBEDDING}"),
         (edited(**{NORM: lambda _: None}), f"its weights lack {NORM}"),
-        (edited(**{NORM: lambda weight: weight * math.nan}), f"{NORM} holds NaN"),
-        (edited(**{EMBEDDING: lambda weight: weight / 0}), f"{EMBEDDING} holds NaN or inf"),
+        (edited(**{EMBEDDING: lambda weight: weight * math.nan}), f"{EMBEDDING} holds NaN"),
+        (edited(**{NORM: lambda weight: weight / 0}), f"{NORM} holds NaN or inf"),
         (adapter(alone=True), "LoRA adapter; merge it"),
         (adapter(alone=False), "LoRA adapter; merge it"),
         (weights(lambda _: b""), "header"),

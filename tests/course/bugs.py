@@ -456,7 +456,7 @@ data/preferences.py
 # the tokenizer's BOS before a templated prompt, too
   test_a_prompt_begins_with_what_its_text_needs_and_never_twice
 -return ids if pair.messages or ids[: len(leading)] == leading else leading + ids
-+return leading + ids
++return ids if ids[: len(leading)] == leading else leading + ids
 # BOS lost when a prompt is cut
   test_a_prompt_begins_with_what_its_text_needs_and_never_twice
 -prompt = leading + prompt[len(prompt) - prompt_tokens + len(leading) :]
