@@ -390,6 +390,7 @@ p3o.py
 # no embedding for the new pad token
   test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary
 -        model.resize_token_embeddings(len(tokenizer))
++        pass
 # interval too narrow: deviation / n
   test_figures_are_told_with_half_of_their_95_percent_interval
 -statistics.stdev(values) / math.sqrt(len(values))
