@@ -78,14 +78,18 @@ def load_examples(
     return examples, tokenize(heldout, tokenizer, *limits, started)
 
 
-def first_start(out: str) -> str | None:
+def first_start(out: str) -> str:
     """Return when the run in the directory `out` was started first, if there is one, or now.
 
     A chat template may print the date. A run that is resumed on another day needs the same text.
+    Raises InputError for a directory that holds another kind of config.json.
     """
     config = Path(out) / "config.json"
     if config.exists():
-        return json.loads(config.read_text()).get("started")
+        try:
+            return json.loads(config.read_text())["started"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{config} is not that of a run; choose another --out") from None
     return datetime.now().isoformat()
 
 
