@@ -89,6 +89,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -105,6 +106,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from data import judge
+from data.models import check_model, check_weights
 from data.preferences import (
     ASSISTANT,
     SHIPPED_DATA,
@@ -226,13 +228,15 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             model = AutoModelForCausalLM.from_config(config)
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                cfg.model, config=config, dtype=torch.float32, output_loading_info=True
+                cfg.model,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # check_weights names them
+                output_loading_info=True,
             )
-            if missing := loading["missing_keys"]:
-                raise ValueError(f"its weights lack {', '.join(sorted(missing))}")
-        model.eval()
-        fit_tokens(model, tokenizer, cfg)
-        check_model(model, cfg)
+            check_weights(model, loading)
+        fit_tokens(model.eval(), tokenizer, cfg)
+        check_model(model, cfg.prompt_tokens + cfg.response_tokens)
     except Exception as error:  # of many kinds: no network, a broken file, a missing package
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"--model {cfg.model}: {reason} (--small needs no hub)") from None
@@ -260,34 +264,6 @@ def fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-@torch.no_grad()
-def check_model(model: PreTrainedModel, cfg: Config) -> None:
-    """Raise if a later stage could not use the model. Nothing about RLHF: you may skip it."""
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(f"its weight {name} holds NaN or infinite values")
-    positions = getattr(model.config, "max_position_embeddings", math.inf)
-    if cfg.prompt_tokens + cfg.response_tokens > positions:
-        raise ValueError(f"--prompt-tokens + --response-tokens must be at most {positions}")
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(model.config)
-    if not hasattr(classifier, "score"):
-        raise ValueError("the library's classifier for it has no `score`")
-    # what `sample` computes, with padding and a cache, must be what the library's forward() does
-    steps = []
-    hook = model.get_output_embeddings().register_forward_hook(
-        lambda *call: steps.append(call[-1])  # logits (2, V) of a step
-    )
-    eos = model.config.eos_token_id
-    model.config.eos_token_id = -1  # so that no row ends
-    ids, _ = sample(model, [[1], [2, 3, 0]], 1, 3)  # (2, 1, T)
-    model.config.eos_token_id = eos
-    hook.remove()
-    logits = model(ids[0, :, :3]).logits[0, -1]  # (V,): the third step of the first row
-    if not torch.allclose(steps[2][0], logits, atol=1e-3):
-        raise ValueError("it scales or caps its logits, or has no usual key-value cache")
 
 
 @torch.no_grad()
@@ -888,8 +864,11 @@ def appears_whole(path: Path) -> Iterator[Path]:
     """Write atomically to the path this yields: `path` appears complete or not at all."""
     scratch = path.with_name(path.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    yield scratch
-    scratch.replace(path)
+    try:
+        yield scratch
+        scratch.replace(path)
+    except Exception as error:  # a full disk has a name of its own in each library
+        raise OSError(f"cannot write {path}: {error}".splitlines()[0]) from None
 
 
 @contextlib.contextmanager
@@ -932,8 +911,11 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
-    """Return the model of a finished stage, in fp32 and in eval mode."""
-    return kind.from_pretrained(folder, dtype=torch.float32, **options).to(DEVICE)
+    """Return the model of a finished stage, in fp32 and in eval mode. Raises InputError."""
+    try:
+        return kind.from_pretrained(folder, dtype=torch.float32, **options).to(DEVICE)
+    except SafetensorError as error:
+        raise InputError(f"{folder} is broken ({error}); delete it to repeat the stage") from None
 
 
 def log_to(path: Path) -> LogStep:
@@ -996,8 +978,9 @@ def parse_config(argv: list[str]) -> Config:
 
 def main(argv: list[str]) -> None:
     """Run the command line; expected errors exit with a one-line message and status 1."""
-    sys.stdout.reconfigure(errors="replace")  # a console may know no ρ
-    sys.stderr.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console may know no ρ
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # exceptions will do
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
