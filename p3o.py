@@ -239,6 +239,8 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         check_model(model, cfg.prompt_tokens + cfg.response_tokens)
     except Exception as error:  # of many kinds: no network, a broken file, a missing package
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, SafetensorError):
+            reason = f"a weights file is cut or a Git LFS pointer ({reason}); fetch it again"
         raise InputError(f"--model {cfg.model}: {reason} (--small needs no hub)") from None
     return model.to(DEVICE), tokenizer
 

@@ -469,16 +469,11 @@ def test_a_stage_appears_only_with_its_tokenizer(tiny, tmp_path):
     assert not (tmp_path / "sft").exists()
 
 
-FULL = pytest.mark.xfail(strict=True, reason="p3o.main does not expect the libraries' errors")
-SIMPLE = pytest.mark.xfail(strict=True, reason="p3o.main takes it that streams can reconfigure")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
 @pytest.mark.parametrize(
     ("name", "first"),
     (("save", "reward"), ("save_checkpoint", "p3o")),
 )
-@FULL
 def test_a_disk_that_fills_up_while_a_stage_is_saved_gives_one_line(
     name, first, undone, out, monkeypatch, capsys
 ):
@@ -503,7 +498,7 @@ def test_a_disk_that_fills_up_while_a_stage_is_saved_gives_one_line(
     assert status(options) == 0
 
 
-@pytest.mark.parametrize("kind", ("cp1252", "ascii", pytest.param("no reconfigure", marks=SIMPLE)))
+@pytest.mark.parametrize("kind", ("cp1252", "ascii", "no reconfigure"))
 def test_a_console_that_knows_no_greek_loses_nothing(kind, undone, monkeypatch):
     """The progress of a run and the help hold ρ, −, × and ±. A notebook's streams are simple."""
     options = undone("reward")
