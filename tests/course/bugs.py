@@ -297,12 +297,16 @@ p3o.py
 -    assert holds, f"check failed: {claim}"
 # a folder published half-written after an error
   test_what_is_written_appears_whole_or_not_at_all
--    yield scratch
--    scratch.replace(path)
+-    try:
+-        yield scratch
+-        scratch.replace(path)
+-    except Exception as error:
 +    try:
-+        yield scratch
-+    finally:
-+        scratch.replace(path)
++        try:
++            yield scratch
++        finally:
++            scratch.replace(path)
++    except Exception as error:
 # --iterations not compared on resuming
   test_what_changes_the_training_is_compared_when_a_run_goes_on
 -may_differ = ["out",
@@ -330,10 +334,6 @@ p3o.py
   test_the_learning_rate_warms_up_over_a_twentieth_then_falls_and_is_never_0
 -min((step + 1) / warmup,
 +min(step / warmup,
-# a model that caps its logits is accepted
-  test_a_family_that_a_later_stage_could_not_use_is_refused
--if not torch.allclose(steps[2][0], logits, atol=1e-3):
-+if False:
 # an EOS in the prompt counts as the response's
   test_an_eos_of_the_prompt_does_not_finish_the_response
 -((ids == model.config.eos_token_id) & response_mask)
@@ -403,14 +403,6 @@ p3o.py
   test_evaluation_by_hand
 -judge.gold_reward(prompt, answer))
 +judge.gold_reward(prompt, answers["sft"][len(answers[name]) - 1]))
-# missing weights drawn at random
-  test_a_model_that_is_not_whole_is_refused_in_one_line
--if missing := loading["missing_keys"]:
-+if missing := []:
-# infinite weights accepted
-  test_a_model_that_is_not_whole_is_refused_in_one_line
--if not weight.isfinite().all():
-+if weight.isnan().any():
 # a LoRA adapter beside the weights ignored
   test_a_model_that_is_not_whole_is_refused_in_one_line
 -if find_adapter_config_file(cfg.model):
@@ -548,4 +540,27 @@ data/preferences.py
   test_messages_that_cannot_be_used_are_dropped_with_their_reason
 -while shared < min(len(chosen), len(rejected)) - 1 and
 +while shared < min(len(chosen), len(rejected)) and
+""")
+
+DATA_BUGS += bugs(r"""
+data/models.py
+# a model that caps its logits is accepted
+  test_a_family_that_a_later_stage_could_not_use_is_refused
+-if not torch.allclose(ours, own, atol=1e-3):
++if False:
+# a family without a classifier is found out after stage 1
+  test_a_family_that_a_later_stage_could_not_use_is_refused
+-    with torch.device("meta"):  # neither memory nor time
+-        classifier = AutoModelForSequenceClassification.from_config(model.config)
+-    if not hasattr(classifier, "score"):
+-        raise ValueError(f"{type(classifier).__name__} has no `score`, which stage 2 trains")
++
+# missing weights drawn at random
+  test_a_model_that_is_not_whole_is_refused_in_one_line
+-        if names:
++        if names and names is shapes:
+# infinite weights accepted
+  test_a_model_that_is_not_whole_is_refused_in_one_line
+-if not weight.isfinite().all():
++if weight.isnan().any():
 """)
