@@ -622,7 +622,8 @@ def test_both_sides_do_the_same_work_and_their_seconds_are_counted(monkeypatch, 
     monkeypatch.setattr(benchmark, "RLOOTrainer", Trainer)
     monkeypatch.setattr(p3o, "sample", watched_sample)
     monkeypatch.setattr(p3o, "gradient_step", gradient_step)
-    monkeypatch.setattr(p3o, "reward_scores", partial(takes, 0.25, p3o.reward_scores))
+    for name, seconds in (("reward_scores", 0.25), ("sequence_logprobs", 0.125)):
+        monkeypatch.setattr(p3o, name, partial(takes, seconds, getattr(p3o, name)))
     size = dict(prompt_tokens=16, response_tokens=4, minibatch=4, micro_batch=2)
     monkeypatch.setattr(benchmark, "SIZES", {"gpt2": benchmark.SIZES["gpt2"] | size})
     monkeypatch.setattr(benchmark, "VOCABULARY", 629)
@@ -651,8 +652,8 @@ def test_both_sides_do_the_same_work_and_their_seconds_are_counted(monkeypatch, 
 
     printed = capsys.readouterr().out
     seconds = re.findall(r"^\| .*? \| ([\d.]+) \|", printed, re.MULTILINE)
-    assert [float(figure) for figure in seconds] == [2, 1, 4, 7, 8]
-    assert printed.endswith(f"/ p3o.py, turn by turn: {8 / 7:.2f}\n")
+    assert [float(figure) for figure in seconds] == [2, 2, 6, 10, 8]
+    assert printed.endswith("/ p3o.py, turn by turn: 0.80\n")
 
 
 # ---- all of them -------------------------------------------------------------------------
