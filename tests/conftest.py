@@ -1,27 +1,39 @@
+"""What all tests share: the file under test, tiny models, and one small run of the command."""
+
+import contextlib
 import copy
 import importlib.util
+import inspect
+import io
 import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # models are tiny; threads that wait for a busy core take minutes
-)
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for each other
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests make their tensors on the CPU
 
 import pytest
-import torch
-import transformers
 from problems import PROBLEMS
 
-transformers.logging.set_verbosity_error()
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
+# sizes of a run that takes about a second
 QUICK = dict(
-    batch=64, epochs=1, iterations=2, pairs=16, minibatch=8, inner_epochs=2, eval_prompts=16
+    batch=64,
+    epochs=1,
+    response_tokens=12,
+    iterations=3,
+    pairs=8,
+    minibatch=4,
+    inner_epochs=2,
+    eval_prompts=16,
 )
+GAIN_PROMPTS = 16  # of such a run: the gain of 128 prompts would take half of its time
 
 
 def pytest_addoption(parser):
@@ -29,36 +41,43 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Load the file under test as `p3o`, whatever it is called, and name the problems of the
-    course."""
+    """Load the file under test as `p3o`, whatever its name, and declare the markers."""
     path = Path(config.getoption("--file") or ROOT / "p3o.py").resolve()
     if not path.is_file():
         raise pytest.UsageError(f"--file {path}: no such file")
-    # `data` comes from beside the file, if it is there, else from beside the tests
+    # `data` comes from beside the file if it is there, else from beside the tests
     sys.path[:0] = [str(path.parent), str(ROOT), str(TESTS)]
     spec = importlib.util.spec_from_file_location("p3o", path)
-    sys.modules["p3o"] = module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
+    # with -n, this process only hands out the tests: it needs no torch
+    hands_out = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     try:
-        spec.loader.exec_module(module)
+        if hands_out:
+            compile(path.read_text(), path.name, "exec")
+        else:
+            sys.modules["p3o"] = module
+            spec.loader.exec_module(module)
+            sys.modules["transformers"].logging.set_verbosity_error()
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise pytest.UsageError(f"{path.name} cannot be imported: {reason}") from None
 
-    # `tests` is the suite of p3o.py; a folder in it keeps the tests of its own tools
-    config.addinivalue_line("norecursedirs", "comparison")
-    config.addinivalue_line("norecursedirs", "course")
-    config.addinivalue_line("norecursedirs", "own")
+    # `tests` is the suite of p3o.py; each folder in it keeps the tests of its own tools
+    for folder in ("comparison", "course", "own"):
+        config.addinivalue_line("norecursedirs", folder)
     config.addinivalue_line("filterwarnings", "error")
     # float(loss) is as good as loss.item()
     config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True")
-    config.addinivalue_line(
-        "markers", "resuming: needs train_policy's checkpoint, no problem's task"
-    )
-    config.addinivalue_line("markers", "padding: what it costs, which no problem asks for")
+    for marker in (
+        "resuming: needs train_policy's checkpoint, which no problem asks for",
+        "padding: little padding is computed, which no problem asks for",
+    ):
+        config.addinivalue_line("markers", marker)
     for number, (function, what) in enumerate(PROBLEMS.items(), 1):
         config.addinivalue_line("markers", f"problem_{number}: {function}: {what}")
 
 
+# ---- Models --------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
     """The shipped held-out rows."""
@@ -68,15 +87,16 @@ def rows() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def tiny(rows):
-    """A policy with random weights, a reward model that shares its body, tokenizer,
-    configuration, pairs."""
+    """A policy with random weights, a reward model with the same body, tokenizer, configuration,
+    pairs."""
+    import torch
     from transformers import GPT2ForSequenceClassification
 
     import p3o
     from data.preferences import split_row
 
     torch.manual_seed(0)
-    cfg = p3o.Config(**p3o.SMALL | QUICK)
+    cfg = p3o.Config(**p3o.SMALL | QUICK | dict(response_tokens=40))
     pairs = [split_row(row) for row in rows]
     policy, tokenizer = p3o.load_base(cfg)
     policy.config.num_labels = 1
@@ -107,12 +127,13 @@ def fresh():
     return copy.deepcopy
 
 
+# ---- A small run of the command ------------------------------------------------------------
 @pytest.fixture(scope="session")
 def quick_data(rows, tmp_path_factory):
     """A file of 200 preference rows."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:200]))
-    return path
+    from toys import write_rows
+
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows[:200])
 
 
 @pytest.fixture
@@ -128,23 +149,78 @@ def quick_options(data: Path, out: Path) -> list[str]:
     return options
 
 
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a quick run have little to do for its gain, and a checkpoint every other iteration."""
+    import p3o
+
+    monkeypatch.setattr(p3o, "GAIN_PROMPTS", GAIN_PROMPTS)
+    monkeypatch.setattr(p3o, "CHECKPOINT_EVERY", 2)
+
+
 @pytest.fixture
-def quick(quick_data, out) -> list[str]:
+def quick(quick_data, out, monkeypatch) -> list[str]:
     """Command-line options of a run that takes about a second."""
+    shorten(monkeypatch)
     return quick_options(quick_data, out)
 
 
+@dataclass(repr=False)
+class Run:
+    """A finished run, and what was seen on the way."""
+
+    out: Path
+    printed: str
+    given: dict[str, dict[str, Any]]  # by function: its arguments, as they are after the run
+    at_first: dict[str, dict[str, Any]]  # by function: copies of the models that it was given
+    stopped: Path  # a copy of the directory from when the policy was about to be saved
+
+
 @pytest.fixture(scope="session")
-def finished_once(quick_data, tmp_path_factory) -> Path:
+def run(quick_data, tmp_path_factory) -> Run:
+    """The run of `quick`, made once: copy its directory before changing it."""
+    import torch
     from toys import status
 
-    out = tmp_path_factory.mktemp("finished") / "out"
-    assert status(quick_options(quick_data, out)) == 0
-    return out
+    import p3o
+
+    folder = tmp_path_factory.mktemp("finished")
+    seen = Run(folder / "out", "", {}, {}, folder / "stopped")
+
+    def watch(name, monkeypatch):
+        plain = getattr(p3o, name)
+
+        def watched(*args, **options):
+            arguments = inspect.signature(plain).bind(*args, **options).arguments
+            models = {k: v for k, v in arguments.items() if isinstance(v, torch.nn.Module)}
+            if name == "save":
+                if arguments["folder"].name == "p3o":
+                    shutil.copytree(seen.out, seen.stopped)
+            else:
+                seen.given[name] = dict(arguments)
+                seen.at_first[name] = copy.deepcopy(models)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(p3o, name, watched)
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        shorten(monkeypatch)
+        for name in ("train_sft", "train_reward", "set_gain", "train_policy", "evaluate", "save"):
+            watch(name, monkeypatch)
+        assert status(quick_options(quick_data, seen.out)) == 0
+    seen.printed = printed.getvalue()
+    return seen
 
 
 @pytest.fixture
-def finished(finished_once, quick, out) -> list[str]:
-    """The options of `quick`, whose run is there already."""
-    shutil.copytree(finished_once, out)
+def finished(run, quick, out) -> list[str]:
+    """The options of `quick`; its run is there already."""
+    shutil.copytree(run.out, out)
+    return quick
+
+
+@pytest.fixture
+def stopped(run, quick, out) -> list[str]:
+    """The options of `quick`; its run stopped when the policy was about to be saved."""
+    shutil.copytree(run.stopped, out)
     return quick

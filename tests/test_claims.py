@@ -1,8 +1,7 @@
-"""What P3O claims, claim by claim, and how it compares with its relatives.
+"""What P3O claims, claim by claim, and what distinguishes it from its relatives.
 
 A "bandit" here is one prompt with five responses (Y = 5) and a softmax policy over them, so that
-every expectation is a finite sum, in float64. Where a claim is about `p3o_loss`, the gradient comes
-from that very function.
+every expectation is a finite sum, in float64. Claims about `p3o_loss` use that function's gradient.
 """
 
 import doctest
@@ -26,7 +25,7 @@ p3o_loss = pytest.mark.problem_6
 
 
 class Bandit(NamedTuple):
-    """One prompt and everything about its responses, each (Y,)."""
+    """One prompt and what there is to know about its responses, (Y,) each."""
 
     logits: Tensor  # of π, with gradient
     old: Tensor  # log π_old
@@ -44,7 +43,7 @@ class Batch(NamedTuple):
 
 
 def random_bandit(seed: int, spread: float = 1.0) -> Bandit:
-    """A bandit whose π is `spread` away from π_old."""
+    """Return a bandit whose π is about `spread` away from π_old."""
     torch.manual_seed(seed)
     old, ref, r, step = torch.randn(4, 5, dtype=torch.float64)
     logits = (old + spread * step).requires_grad_()
@@ -52,7 +51,7 @@ def random_bandit(seed: int, spread: float = 1.0) -> Bandit:
 
 
 def random_batch(seed: int, spread: float, size: int = 64) -> Batch:
-    """Random pairs, with log ratios of size `spread`."""
+    """Return random pairs with log ratios of about `spread`."""
     torch.manual_seed(seed)
     old = -10 + torch.randn(size, 2, dtype=torch.float64)
     logprobs = old + spread * torch.randn_like(old)
@@ -62,28 +61,28 @@ def random_batch(seed: int, spread: float, size: int = 64) -> Batch:
 
 
 def every_pair(values: Tensor) -> Tensor:
-    """(Y,) → (Y², 2): the values of all ordered pairs of responses."""
+    """Return the values of all ordered pairs of responses, (Y², 2)."""
     return torch.cartesian_prod(values, values)
 
 
 def batch_of_every_pair(logprobs: Tensor, old: Tensor, ref: Tensor, r: Tensor) -> Batch:
-    """All ordered pairs of a bandit's responses, from (Y,) each."""
+    """Return all ordered pairs of a bandit's responses, from (Y,) each."""
     return Batch(every_pair(logprobs), every_pair(old), every_pair(ref), every_pair(r))
 
 
 def gap(values: Tensor) -> Tensor:
-    """(B, 2) → (B,): the first response's value minus the second's."""
+    """Return the first response's value minus the second's, (B,)."""
     return values[:, 0] - values[:, 1]
 
 
 def q_of(batch: Batch, beta: float = BETA) -> Tensor:
-    """Equation (2), (B,)."""
+    """Return q of equation (2), (B,)."""
     h = batch.logprobs - batch.ref  # (B, 2)
     return gap(batch.scores) - beta * gap(h)
 
 
 def along_G(weight: Tensor) -> Tensor:
-    """weight · G as pushes on both log-probs, (B,) → (B, 2), where G = ∇ log(π(y_1)/π(y_2))."""
+    """Return weight · G as pushes on both log-probs, (B, 2): G = ∇ log(π(y_1)/π(y_2))."""
     return torch.stack([weight, -weight], 1)
 
 
@@ -93,7 +92,7 @@ def loss_of(batch: Batch, beta: float = BETA, **options) -> Tensor:
 
 
 def pushes(batch: Batch, beta: float = BETA, **options) -> Tensor:
-    """∂J/∂log π(y_i) of each pair, (B, 2): how hard an update pushes each response."""
+    """Return ∂L/∂log π(y_i) of each pair, (B, 2): how hard an update pushes each response."""
     leaf = batch.logprobs.detach().requires_grad_()
     loss = loss_of(batch._replace(logprobs=leaf), beta, **options)
     gradient = torch.autograd.grad(loss, leaf)[0]
@@ -101,7 +100,7 @@ def pushes(batch: Batch, beta: float = BETA, **options) -> Tensor:
 
 
 def expected_gradient(bandit: Bandit, beta: float = BETA, **options) -> Tensor:
-    """∇ of the logits, (Y,): the mean over pairs y_1, y_2 ~ π_old of what p3o_loss does to each."""
+    """Return p3o_loss's gradient of the logits, (Y,), averaged over pairs y_1, y_2 ∼ π_old."""
     logp = bandit.logits.log_softmax(0)  # (Y,)
     batch = batch_of_every_pair(logp.detach(), bandit.old, bandit.ref, bandit.r)
     push = pushes(batch, beta, **options)  # (Y², 2)
@@ -111,7 +110,7 @@ def expected_gradient(bandit: Bandit, beta: float = BETA, **options) -> Tensor:
 
 
 def exact_gradient(bandit: Bandit, beta: float) -> Tensor:
-    """∇ (E r − β KL(π‖π_ref)) of the logits, (Y,), straight from the definition."""
+    """Return ∇(E r − β KL(π‖π_ref)) of the logits, (Y,), from its definition."""
     logp = bandit.logits.log_softmax(0)  # (Y,)
     objective = (logp.exp() * (bandit.r - beta * (logp - bandit.ref))).sum()
     return torch.autograd.grad(objective, bandit.logits)[0]
@@ -124,7 +123,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 # ---- Reward equivalence: r and r + δ(x) ----------------------------------------------------------
 @bradley_terry
 def test_bradley_terry_cannot_tell_r_from_r_plus_delta():
-    """The loss has r only as r(x, y_w) − r(x, y_l), where δ(x) cancels."""
+    """The loss uses r only as r(x, y_w) − r(x, y_l), where δ(x) cancels."""
 
     def loss_and_gradient(values: Tensor) -> tuple[Tensor, Tensor]:
         leaf = values.clone().requires_grad_()  # (B, 2)
@@ -145,11 +144,9 @@ def test_bradley_terry_loss_is_the_mean_of_minus_log_sigmoid_of_chosen_minus_rej
     """−log σ(m) = log(1 + e^−m), in plain floats."""
     torch.manual_seed(1)
     chosen, rejected = torch.randn(2, 32, dtype=torch.float64)
-    total = 0.0
-    for margin in (chosen - rejected).tolist():
-        total += math.log(1 + math.exp(-margin))
-    loss = p3o.bradley_terry_loss(chosen, rejected)
-    right = loss.item() == pytest.approx(total / 32, rel=1e-12)
+    margins = (chosen - rejected).tolist()
+    mean = sum(math.log(1 + math.exp(-margin)) for margin in margins) / 32
+    right = p3o.bradley_terry_loss(chosen, rejected).item() == pytest.approx(mean, rel=1e-12)
     assert right, "the loss should be the mean of −log σ(chosen − rejected)"
 
 
@@ -167,13 +164,9 @@ def test_bradley_terry_loss_and_gradient_are_finite_at_any_margin(margin):
     scores = torch.tensor([margin], requires_grad=True)
     loss = p3o.bradley_terry_loss(scores, torch.zeros(1))
     gradient = torch.autograd.grad(loss, scores)[0]
-    expected_loss = max(0.0, -margin)
-    hint = "log(sigmoid(·)) underflows: is it logsigmoid?"
-    assert loss.item() == pytest.approx(expected_loss), hint
-    if margin > 0:
-        assert gradient.item() == 0.0
-    else:
-        assert gradient.item() == -1.0
+    hint = "log(sigmoid(·)) underflows: use logsigmoid"
+    assert loss.item() == pytest.approx(max(0.0, -margin)), hint
+    assert gradient.item() == (0.0 if margin > 0 else -1.0)
 
 
 @bradley_terry
@@ -181,10 +174,7 @@ def test_plackett_luce_cannot_tell_r_from_r_plus_delta_and_is_bradley_terry_for_
     """P(ranking) = Π_k e^r_k / Σ_{j≥k} e^r_j: e^δ(x) cancels in every factor."""
 
     def log_plackett_luce(r: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for k in range(len(r)):
-            total = total + r[k] - r[k:].logsumexp(0)
-        return total
+        return sum(r[k] - r[k:].logsumexp(0) for k in range(len(r)))
 
     torch.manual_seed(2)
     r = torch.randn(4, dtype=torch.float64)
@@ -207,21 +197,17 @@ def test_p3o_gives_equivalent_rewards_the_same_update_sample_by_sample(clip):
 
 
 def test_ppo_gives_equivalent_rewards_different_updates_sample_by_sample():
-    """Unclipped bandit PPO with a fixed V: ∇ ρ (r − V) gains δ(x) ρ ∇ log π on each sample."""
+    """Unclipped bandit PPO with a fixed V: ∇ρ (r − V) gains δ(x) ρ ∇ log π on each sample."""
     bandit = random_bandit(4)
-    y = 2
-    value = 0.1
-    delta = 7.0
+    logp = bandit.logits.log_softmax(0)[2]
+    ratio = (logp - bandit.old[2]).exp()
 
     def gradient(r: Tensor) -> Tensor:
-        ratio = (bandit.logits.log_softmax(0)[y] - bandit.old[y]).exp()
-        return torch.autograd.grad(ratio * (r[y] - value), bandit.logits)[0]
+        return torch.autograd.grad(ratio * (r[2] - 0.1), bandit.logits, retain_graph=True)[0]
 
-    logp = bandit.logits.log_softmax(0)[y]
-    ratio = (logp - bandit.old[y]).exp().detach()
-    score = torch.autograd.grad(logp, bandit.logits)[0]  # (Y,): ∇ log π(y)
-    change = gradient(bandit.r + delta) - gradient(bandit.r)
-    assert close(change, delta * ratio * score)
+    score = torch.autograd.grad(logp, bandit.logits, retain_graph=True)[0]  # (Y,): ∇ log π(y)
+    change = gradient(bandit.r + 7.0) - gradient(bandit.r)
+    assert close(change, 7.0 * ratio.detach() * score)
     assert change.norm() > 0.1
 
 
@@ -229,8 +215,8 @@ def test_ppo_gives_equivalent_rewards_different_updates_sample_by_sample():
 def test_ppo_changes_in_exact_expectation_only_through_its_clip(clipped):
     """In fairness: E_π_old[ρ δ ∇ log π] = δ ∇ Σ π = 0, so the mean over *all* samples is invariant.
 
-    A batch's is not. And off-policy the clip drops samples by the sign of the advantage, which δ
-    flips: then even the expectation moves.
+    A batch's mean is not. And off-policy, the clip drops samples by the sign of the advantage,
+    which δ can change: then even the expectation depends on δ.
     """
     bandit = random_bandit(5)
 
@@ -238,10 +224,8 @@ def test_ppo_changes_in_exact_expectation_only_through_its_clip(clipped):
         ratio = (bandit.logits.log_softmax(0) - bandit.old).exp()  # (Y,)
         objective = ratio * r  # (Y,)
         if clipped:
-            held = ratio.clamp(1 - EPS, 1 + EPS)
-            objective = torch.minimum(objective, held * r)
-        expectation = (bandit.old.exp() * objective).sum()
-        return torch.autograd.grad(expectation, bandit.logits)[0]
+            objective = torch.minimum(objective, ratio.clamp(1 - EPS, 1 + EPS) * r)
+        return torch.autograd.grad((bandit.old.exp() * objective).sum(), bandit.logits)[0]
 
     invariant = close(gradient(bandit.r), gradient(bandit.r + 7.0))
     assert invariant != clipped
@@ -253,17 +237,13 @@ def test_reinforce_without_a_baseline_is_not_invariant():
 
     def gradient(r: Tensor) -> Tensor:
         logp = bandit.logits.log_softmax(0)  # (Y,)
-        objective = 0.5 * (r[0] * logp[0] + r[1] * logp[1])
-        return torch.autograd.grad(objective, bandit.logits)[0]
+        return torch.autograd.grad(0.5 * (r[:2] * logp[:2]).sum(), bandit.logits)[0]
 
     assert (gradient(bandit.r + 5.0) - gradient(bandit.r)).norm() > 1
 
 
 def test_dividing_by_the_deviation_of_absolute_scores_is_not_invariant_but_of_differences_is():
-    """With δ of standard deviation 5 among scores of 1, absolute scores spread √26 wide.
-
-    Divided by that, r_1 − r_2 shrinks fivefold.
-    """
+    """A δ of standard deviation 5 makes that of the scores, 1, √26: r_1 − r_2 shrinks fivefold."""
 
     def gap_over_absolute(scores: Tensor) -> float:
         return (gap(scores) / scores.std()).abs().mean().item()
@@ -302,22 +282,18 @@ def test_without_its_ratios_the_pairwise_policy_gradient_is_biased_off_policy(sp
     objective = (weight * gap(pairs)).sum()
     found = torch.autograd.grad(objective, bandit.logits)[0]
     error = (found - exact_gradient(bandit, beta=0.0)).norm()
-    if spread == 0:
-        assert error < 1e-12
-    else:
-        assert error > 0.1
+    assert error < 1e-12 if spread == 0 else error > 0.1
 
 
 def test_pairs_do_not_always_have_the_lower_variance():
-    """Both estimators use two samples.
+    """Both estimators use two samples. An offset raises the variance of REINFORCE only.
 
-    An offset raises the variance of REINFORCE alone; without one, REINFORCE may win.
+    Without an offset, REINFORCE may have the lower variance.
     """
     bandit = random_bandit(10)
     prob = bandit.logits.detach().softmax(0)  # (Y,)
     score = torch.eye(5, dtype=torch.float64) - prob  # (Y, Y): row y is ∇ log π(y) = 1_y − π
-    first = every_pair(torch.arange(5))[:, 0]  # (Y²,)
-    second = every_pair(torch.arange(5))[:, 1]  # (Y²,)
+    first, second = every_pair(torch.arange(5)).unbind(1)  # (Y²,) each
     weight = every_pair(prob).prod(1, keepdim=True)  # (Y², 1): π(y_1) π(y_2)
 
     def variance(estimates: Tensor) -> float:
@@ -325,18 +301,15 @@ def test_pairs_do_not_always_have_the_lower_variance():
         return (weight * (estimates - mean).square()).sum().item()
 
     def reinforce(r: Tensor) -> float:
-        weighed = r[:, None] * score  # (Y, Y)
-        return variance(0.5 * (weighed[first] + weighed[second]))
+        return variance(0.5 * (r[first, None] * score[first] + r[second, None] * score[second]))
 
     def pairwise(r: Tensor) -> float:
-        gap_r = r[first] - r[second]  # (Y²,)
-        return variance(0.5 * gap_r[:, None] * (score[first] - score[second]))
+        return variance(0.5 * (r[first] - r[second])[:, None] * (score[first] - score[second]))
 
     centred = bandit.r - (prob * bandit.r).sum()
-    offset = centred + 5
     assert reinforce(centred) < pairwise(centred)
-    assert reinforce(offset) > pairwise(offset)
-    assert pairwise(offset) == pytest.approx(pairwise(centred), rel=1e-10)
+    assert reinforce(centred + 5) > pairwise(centred + 5)
+    assert pairwise(centred + 5) == pytest.approx(pairwise(centred), rel=1e-10)
 
 
 # ---- The two losses ------------------------------------------------------------------------------
@@ -357,9 +330,9 @@ def objective_by_hand(
     eps: float = EPS,
     c: float = BOUND,
 ) -> float:
-    """J of one pair by equations (3) to (5), in plain floats.
+    """Return L of one pair by equations (3) to (5), in plain floats.
 
-    What stands under a stop-gradient is taken at `held_log_ratio`, the rest at `log_ratio`.
+    Everything under a stop-gradient is computed at `held_log_ratio`, the rest at `log_ratio`.
     """
     held_1 = math.exp(held_log_ratio[0])
     held_2 = math.exp(held_log_ratio[1])
@@ -380,18 +353,16 @@ def objective_by_hand(
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("spread", [0.05, 0.5, 3.0])
 def test_the_loss_is_minus_the_mean_objective_of_the_equations(clip, spread):
-    """With other β, ε and c than the defaults, so that none of them is ignored."""
+    """β, ε and c are not the defaults, so none of them can be ignored."""
     batch = random_batch(11, spread)
     loss = loss_of(batch, beta=0.07, clip=clip, clip_range=0.25, ratio_bound=5.0)
-    log_ratio = (batch.logprobs - batch.old).tolist()  # (B, 2)
-    q = q_of(batch, beta=0.07).tolist()  # (B,)
+    log_ratios = (batch.logprobs - batch.old).tolist()  # (B, 2)
     total = 0.0
-    for pair in range(64):
-        now = log_ratio[pair]
-        total += objective_by_hand(now, now, q[pair], clip, eps=0.25, c=5.0)
+    for now, q in zip(log_ratios, q_of(batch, beta=0.07).tolist(), strict=True):
+        total += objective_by_hand(now, now, q, clip, eps=0.25, c=5.0)
     right = loss.item() == pytest.approx(-total / 64, rel=1e-12)
     assert right, (
-        "the loss should be −J of eq. (4) or (5), the mean over pairs; h is π's, not π_old's"
+        "the loss should be −L of eq. (4) or (5), the mean over pairs; h is π's, not π_old's"
     )
 
 
@@ -420,7 +391,7 @@ def test_unclipped_both_variants_are_the_pairwise_policy_gradient_of_each_sample
 def test_unclipped_the_expected_update_is_the_gradient_of_reward_minus_beta_kl_at_every_policy(
     seed,
 ):
-    """q takes h at the current policy and holds it: the KL's own ∇h has mean E_π ∇ log π = 0."""
+    """q uses h of the current policy without its gradient, whose mean is E_π ∇ log π = 0."""
     bandit = random_bandit(20 + seed)
     found = expected_gradient(bandit, clip="none")
     assert close(found, exact_gradient(bandit, BETA))
@@ -429,23 +400,17 @@ def test_unclipped_the_expected_update_is_the_gradient_of_reward_minus_beta_kl_a
 @p3o_loss
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_with_the_rollouts_kl_the_expected_update_is_right_only_at_the_sampling_policy(spread):
-    """h of π_old is a stale reward after the first inner step.
-
-    Here r − βh_old stands in for r, with β = 0.
-    """
+    """After the first inner step h of π_old is stale. Here it is part of the reward, with β = 0."""
     bandit = random_bandit(14, spread)
     h_old = bandit.old - bandit.ref  # (Y,)
     stale = bandit._replace(r=bandit.r - BETA * h_old)
     found = expected_gradient(stale, beta=0.0, clip="none")
     error = (found - exact_gradient(bandit, BETA)).norm()
-    if spread == 0:
-        assert error < 1e-12
-    else:
-        assert error > 0.01
+    assert error < 1e-12 if spread == 0 else error > 0.01
 
 
 def optimum(ref: Tensor, r: Tensor, beta: float) -> Tensor:
-    """log π, (Y,), of the policy that maximises E r − β KL(π‖π_ref): π ∝ π_ref exp(r/β)."""
+    """Return log π, (Y,), of the policy that maximises E r − β KL(π‖π_ref)."""
     return (ref + r / beta).log_softmax(0)
 
 
@@ -465,12 +430,12 @@ def test_no_pair_is_pushed_exactly_at_the_known_optimum(clip):
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
 def test_p3os_updates_arrive_at_the_known_optimum(clip):
-    """From the reference to π ∝ π_ref exp(r/β), with 4 expected updates an iteration."""
+    """From the reference to π ∝ π_ref exp(r/β), with 4 expected updates for each π_old."""
     ref = random_bandit(16).ref
     r = 2 * random_bandit(16).r
     beta = 1.0
     logits = ref.clone().requires_grad_()
-    for _ in range(250):
+    for _ in range(120):
         old = logits.detach().log_softmax(0)
         for _ in range(4):
             step = expected_gradient(Bandit(logits, old, ref, r), beta, clip=clip)
@@ -480,14 +445,14 @@ def test_p3os_updates_arrive_at_the_known_optimum(clip):
     kl_from_start = (best.exp() * (best - ref)).sum()
     kl_from_end = (best.exp() * (best - arrived)).sum()
     assert kl_from_start > 0.5, "the optimum should be well away from the start"
-    assert kl_from_end < 1e-6
+    assert kl_from_end < 1e-5
 
 
 def stopped_by_clip(batch: Batch, clip: str, beta: float = BETA) -> Tensor:
-    """Which responses the clip holds, (B, 2).
+    """Return which responses the clip stops, (B, 2).
 
-    V2 stops a pair when u > ε and q > 0, or u < −ε and q < 0; V1 stops each response alone, by its
-    own ratio and advantage ±q.
+    V2 stops a pair if u > ε and q > 0, or u < −ε and q < 0. V1 stops each response by itself, by
+    its own ratio and its own advantage ±q.
     """
     log_ratio = batch.logprobs - batch.old  # (B, 2)
     q = q_of(batch, beta)  # (B,)
@@ -507,7 +472,7 @@ def stopped_by_clip(batch: Batch, clip: str, beta: float = BETA) -> Tensor:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("clip", ("joint", "separate"))
 def test_the_gradient_is_zero_exactly_where_the_clip_stops_it(clip, sign):
-    """`sign` flips all scores: a min taken for a max on one side only cannot hide."""
+    """`sign` flips all scores, so that a max in place of a min on one side only shows."""
     batch = random_batch(17, 0.5, size=4000)
     batch = batch._replace(scores=sign * batch.scores)
     stopped = stopped_by_clip(batch, clip)  # (B, 2)
@@ -523,7 +488,7 @@ def test_the_gradient_is_zero_exactly_where_the_clip_stops_it(clip, sign):
 
 @p3o_loss
 def test_a_drift_of_both_responses_is_not_clipped_by_v2_only_bounded_by_c():
-    """u = log(ρ_1/ρ_2) does not see a common factor; w = clip(ρ_1 ρ_2, 1/c, c) does."""
+    """A common factor of both ratios does not change u = log(ρ_1/ρ_2), only the weight."""
     batch = random_batch(18, 0.0)
     half_q = 0.5 * q_of(batch)  # (B,): a common drift leaves it as it is
     weights = {0.5: math.exp(1.0), 3.0: BOUND, -0.5: math.exp(-1.0), -3.0: 1 / BOUND}
@@ -595,24 +560,11 @@ def test_swapping_the_responses_of_a_pair_changes_nothing(clip):
 
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
-def test_a_response_paired_with_itself_is_not_pushed(clip):
-    """y_1 = y_2: q = 0, and both entries act on one log-prob."""
-    batch = random_batch(20, 0.5)
-    twins = Batch(*[tensor[:, :1].expand(-1, 2) for tensor in batch])
-    total = pushes(twins, clip=clip).sum(1)  # (B,)
-    assert total.abs().max() < 1e-15
-
-
-@p3o_loss
-@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("seed", range(4))
 def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_weights_held(
     clip, seed
 ):
-    """Central differences in log π of each response.
-
-    Everything under a stop-gradient is held at the current policy.
-    """
+    """Central differences in log π of each response; stop-gradients hold the current policy."""
     batch = random_batch(seed, 0.1, size=1)
     held = (batch.logprobs - batch.old)[0].tolist()
     q = q_of(batch).item()
@@ -633,7 +585,7 @@ def test_the_gradient_agrees_with_finite_differences_of_the_objective_with_its_w
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
 def test_only_the_current_log_probs_get_a_gradient_and_no_input_is_changed(clip):
-    """q, the weights, π_old, π_ref and the scores are constants of an update."""
+    """In an update, q, the weights, π_old, π_ref and the scores are constants."""
     batch = random_batch(22, 0.5)
     before = Batch(*[tensor.clone() for tensor in batch])
     for tensor in batch:
@@ -653,207 +605,117 @@ def test_equal_micro_batches_average_to_the_full_batchs_gradient():
     """The loss is a mean over pairs, so means of means are the mean."""
     batch = random_batch(23, 0.5)
     for size in (1, 2, 32):
-        parts = []
-        for start in range(0, 64, size):
-            micro_batch = Batch(*[tensor[start : start + size] for tensor in batch])
-            parts.append(pushes(micro_batch))
+        micro_batches = zip(*[tensor.split(size) for tensor in batch], strict=True)
+        parts = [pushes(Batch(*micro_batch)) for micro_batch in micro_batches]
         assert close(torch.cat(parts), pushes(batch)), f"micro-batches of {size}"
 
 
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
 def test_metrics_are_what_they_say(clip):
-    """½ (log ρ)², ρ and |q|, here of pairs within the clip.
-
-    The clip fraction beyond it is tested with the zero gradients.
-    """
+    """Here of pairs that are not clipped. The zero gradients above test the clip fraction."""
     batch = random_batch(24, 0.01)
     leaf = batch.logprobs.clone().requires_grad_()
     moving = batch._replace(logprobs=leaf)
     loss, metrics = p3o.p3o_loss(*moving, beta=BETA, clip=clip)
     log_ratio = batch.logprobs - batch.old  # (B, 2)
-    approxkl = (0.5 * log_ratio**2).mean().item()
-    ratio = log_ratio.exp().mean().item()
-    size_of_q = q_of(batch).abs().mean().item()
-    assert set(metrics) == {
-        "policy/clipfrac",
-        "policy/approxkl",
-        "policy/ratio",
-        "objective/q",
+    expected = {
+        "policy/clipfrac": 0.0,
+        "policy/approxkl": (0.5 * log_ratio**2).mean().item(),
+        "policy/ratio": log_ratio.exp().mean().item(),
+        "objective/q": q_of(batch).abs().mean().item(),
     }
-    assert metrics["policy/clipfrac"] == 0
-    assert metrics["policy/approxkl"].item() == pytest.approx(approxkl)
-    assert metrics["policy/ratio"].item() == pytest.approx(ratio)
-    assert metrics["objective/q"].item() == pytest.approx(size_of_q)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected)
     assert loss.requires_grad
     for name, value in metrics.items():
         assert not value.requires_grad, f"{name} carries a gradient: detach it"
 
 
+@p3o_loss
+def test_another_clip_is_refused():
+    with pytest.raises(ValueError):
+        loss_of(random_batch(25, 0.1), clip="both")
+
+
 # ---- Relatives -----------------------------------------------------------------------------------
-Loss = Callable[[Tensor], Tensor]  # another method's: logprobs (B, 2) → (B,)
+# another method's loss: logprobs (B, 2) → (B,); tests/comparison has them as a run uses them
+Loss = Callable[[Tensor], Tensor]
 
 
 def gradient_of(loss: Loss, logprobs: Tensor) -> Tensor:
-    """−∂loss/∂log π of each pair, (B, 2)."""
+    """Return −∂loss/∂log π of each pair, (B, 2)."""
     leaf = logprobs.detach().requires_grad_()
     return -torch.autograd.grad(loss(leaf).sum(), leaf)[0]
 
 
-def rloo(batch: Batch) -> Loss:
-    """RLOO with k = 2 and the rollout's KL in the reward; each ratio is clipped alone."""
-    rewards = batch.scores - BETA * (batch.old - batch.ref)  # (B, 2)
-    advantage = rewards - rewards.flip(1)  # (B, 2): the other response is the baseline
+def group_loss(batch: Batch, advantage: Tensor, eps: float = math.inf) -> Loss:
+    """The mean over both responses of ratio times advantage, each ratio clipped by itself."""
 
     def loss(logprobs: Tensor) -> Tensor:
         ratio = (logprobs - batch.old).exp()  # (B, 2)
-        held = ratio.clamp(1 - EPS, 1 + EPS)
-        return -torch.minimum(ratio * advantage, held * advantage).mean(1)
+        return -torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage).mean(1)
 
     return loss
+
+
+def rloo(batch: Batch) -> Loss:
+    """RLOO with two samples: the partner is the baseline, the sampling policy's KL a reward."""
+    rewards = batch.scores - BETA * (batch.old - batch.ref)  # (B, 2)
+    return group_loss(batch, rewards - rewards.flip(1), EPS)
 
 
 @p3o_loss
 @pytest.mark.parametrize("clip", CLIPS)
 def test_rloo_with_two_samples_is_p3o_at_the_first_inner_step(clip):
-    """Leave-one-out of two is the partner: advantage ±ΔR; the mean over both brings the ½."""
+    """The advantage is ±ΔR, and the mean over both responses brings the ½."""
     batch = random_batch(30, 0.0)
     found = gradient_of(rloo(batch), batch.logprobs)
     assert close(found, pushes(batch, clip=clip))
 
 
+def test_at_the_first_inner_step_each_relative_pushes_along_g():
+    """In P3O's units, ½ q: they differ in how they use the gap of the scores and the KL."""
+    batch = random_batch(31, 0.0)
+    gap_r = gap(batch.scores)  # (B,)
+    beta_h = BETA * gap(batch.logprobs - batch.ref)  # (B,)
+    centred = batch.scores - batch.scores.mean(1, keepdim=True)  # (B, 2)
+    population = centred / centred.std(1, keepdim=True, correction=0)  # (B, 2)
+    sample = centred / centred.std(1, keepdim=True)  # (B, 2)
+
+    def dpo(logprobs: Tensor) -> Tensor:
+        """In expectation, with labels drawn from Bradley-Terry on the scores."""
+        margin = BETA * gap(logprobs - batch.ref)  # (B,)
+        label = gap_r.sigmoid()  # (B,)
+        return -label * F.logsigmoid(margin) - (1 - label) * F.logsigmoid(-margin)
+
+    def copg(logprobs: Tensor) -> Tensor:
+        return q_of(batch._replace(logprobs=logprobs)).square() / (2 * BETA)
+
+    def rebel(logprobs: Tensor) -> Tensor:
+        return (gap_r - 0.7 * gap(logprobs - batch.old)).square()  # η = 0.7
+
+    for name, loss, weight in (
+        ("GRPO: only the gap's sign is left", group_loss(batch, population), 0.5 * gap_r.sign()),
+        ("the same with n − 1", group_loss(batch, sample), 0.5 * math.sqrt(0.5) * gap_r.sign()),
+        ("GRPO without the deviation: half of P3O", group_loss(batch, centred), 0.25 * gap_r),
+        ("DPO: the same sign, the same zero", dpo, BETA * (gap_r.sigmoid() - beta_h.sigmoid())),
+        ("CoPG: twice P3O", copg, gap_r - beta_h),
+        ("REBEL: 4η times P3O", rebel, 2 * 0.7 * gap_r),
+    ):
+        assert close(gradient_of(loss, batch.logprobs), along_G(weight)), name
+
+
 @p3o_loss
 def test_rloo_and_p3o_part_after_the_first_inner_step():
-    """Off-policy RLOO weighs response i by ρ_i alone, its q is stale; P3O weighs by ρ_1 ρ_2."""
-    batch = random_batch(31, 0.05)
+    """RLOO's ratio is that of one response, and its q is the sampling policy's."""
+    batch = random_batch(32, 0.05)
     q_old = q_of(batch._replace(logprobs=batch.old))  # (B,)
     ratio = (batch.logprobs - batch.old).exp()  # (B, 2)
     inside = ((ratio - 1).abs() < EPS).all(1)  # (B,)
     found = gradient_of(rloo(batch), batch.logprobs)  # (B, 2)
-    expected = along_G(0.5 * q_old) * ratio  # (B, 2)
     assert inside.sum() > 32
-    assert close(found[inside], expected[inside])
+    assert close(found[inside], (along_G(0.5 * q_old) * ratio)[inside])
     assert (found - pushes(batch, clip="none")).abs().max() > 0.01
-
-
-def grpo(batch: Batch, advantage: Tensor) -> Loss:
-    """GRPO with two samples and no clip: the mean over the group of ratio times advantage."""
-
-    def loss(logprobs: Tensor) -> Tensor:
-        ratio = (logprobs - batch.old).exp()  # (B, 2)
-        return -(ratio * advantage).mean(1)
-
-    return loss
-
-
-@pytest.mark.parametrize(("correction", "c"), [(0, 1.0), (1, math.sqrt(0.5))])
-def test_grpo_with_two_samples_keeps_only_the_sign_of_the_gap(correction, c):
-    """(r_i − mean)/std is ±1, or ±0.707 with the n − 1 standard deviation, whatever the gap.
-
-    So the push is ½ c sign(Δr) G.
-    """
-    batch = random_batch(32, 0.0)
-    expected = along_G(0.5 * c * gap(batch.scores).sign())  # (B, 2)
-    for scale in (1.0, 100.0):
-        r = scale * batch.scores  # (B, 2)
-        mean = r.mean(1, keepdim=True)  # (B, 1)
-        deviation = r.std(1, keepdim=True, correction=correction)  # (B, 1)
-        advantage = (r - mean) / deviation
-        found = gradient_of(grpo(batch, advantage), batch.logprobs)
-        assert close(found, expected)
-
-
-@p3o_loss
-def test_grpo_without_the_deviation_is_half_of_p3o():
-    """r_i − mean = ±Δr/2: Dr. GRPO."""
-    batch = random_batch(33, 0.0)
-    advantage = batch.scores - batch.scores.mean(1, keepdim=True)  # (B, 2)
-    found = gradient_of(grpo(batch, advantage), batch.logprobs)
-    assert close(found, 0.5 * pushes(batch, beta=0.0))
-
-
-def dpo(ref: Tensor, winner: int) -> Loss:
-    """DPO when response `winner`, 0 or 1, of every pair is the preferred one."""
-    loser = 1 - winner
-
-    def loss(logprobs: Tensor) -> Tensor:
-        h = logprobs - ref  # (B, 2)
-        return -F.logsigmoid(BETA * (h[:, winner] - h[:, loser]))
-
-    return loss
-
-
-def expected_dpo(batch: Batch) -> Tensor:
-    """DPO's gradient with labels drawn from Bradley–Terry on the scores, (B, 2)."""
-    first_wins = gap(batch.scores).sigmoid()[:, None]  # (B, 1)
-    if_first = gradient_of(dpo(batch.ref, winner=0), batch.logprobs)  # (B, 2)
-    if_second = gradient_of(dpo(batch.ref, winner=1), batch.logprobs)  # (B, 2)
-    return first_wins * if_first + (1 - first_wins) * if_second
-
-
-@p3o_loss
-def test_dpos_expected_gradient_has_the_sign_and_the_zero_of_p3os():
-    """It is β (σ(Δr) − σ(βΔh)) G, and σ is monotonic.
-
-    The reward enters as Δr alone, so that it is invariant as well.
-    """
-    batch = random_batch(34, 0.5)
-    h = batch.logprobs - batch.ref  # (B, 2)
-    gap_r = gap(batch.scores)  # (B,)
-    gap_h = gap(h)  # (B,)
-    found = expected_dpo(batch)  # (B, 2)
-    assert close(found, along_G(BETA * (gap_r.sigmoid() - (BETA * gap_h).sigmoid())))
-    assert torch.equal(found.sign(), pushes(batch, clip="none").sign())
-    where_q_is_0 = batch._replace(scores=BETA * h)
-    assert expected_dpo(where_q_is_0).abs().max() < 1e-15
-    hard_label = gradient_of(dpo(batch.ref, winner=0), batch.logprobs)  # (B, 2)
-    assert close(hard_label, along_G(BETA * (-BETA * gap_h).sigmoid()))
-
-
-@p3o_loss
-def test_dpos_expected_gradient_tends_to_half_beta_times_p3o_for_small_margins():
-    """σ(a) − σ(b) → (a − b)/4, and P3O's is ½ (a − b)."""
-    batch = random_batch(35, 0.0)
-    ref = batch.old + 1e-3 * (batch.ref - batch.old)
-    batch = batch._replace(ref=ref, scores=1e-3 * batch.scores)
-    found = expected_dpo(batch)
-    assert torch.allclose(found, 0.5 * BETA * pushes(batch), rtol=1e-4, atol=1e-12)
-
-
-@p3o_loss
-def test_copg_is_twice_p3o_on_the_pair():
-    """CoPG minimises (Δr − βΔh)²/(2β): gradient −(Δr − βΔh) G, with no ratio."""
-    batch = random_batch(36, 0.0)
-
-    def copg(logprobs: Tensor) -> Tensor:
-        q = q_of(batch._replace(logprobs=logprobs))  # (B,)
-        return q.square() / (2 * BETA)
-
-    found = gradient_of(copg, batch.logprobs)
-    assert close(found, 2 * pushes(batch))
-
-
-@p3o_loss
-def test_rebels_gradient_is_a_multiple_of_p3os_at_first_and_pulls_back_where_v2_stops():
-    """REBEL minimises (Δr − ηu)².
-
-    At u = 0 its loss gradient is −4η × P3O's push; past u = Δr/η it turns round.
-    """
-    eta = 0.5
-    batch = random_batch(37, 0.0)
-    gap_r = gap(batch.scores)  # (B,)
-
-    def rebel(logprobs: Tensor) -> Tensor:
-        u = gap(logprobs - batch.old)  # (B,)
-        return (gap_r - eta * u).square()
-
-    loss_gradient = -gradient_of(rebel, batch.logprobs)  # (B, 2)
-    assert close(loss_gradient, -4 * eta * pushes(batch, beta=0.0))
-    past_both = along_G(gap_r / eta) + 0.2 * along_G(gap_r.sign())  # (B, 2): u past Δr/η and ε
-    beyond = batch._replace(logprobs=batch.logprobs + past_both)
-    pulled_back = gradient_of(rebel, beyond.logprobs)[:, 0]  # (B,)
-    assert torch.equal(pulled_back.sign(), -gap_r.sign())
-    assert (pushes(beyond, beta=0.0) == 0).all()
 
 
 # ---- Examples in docstrings ----------------------------------------------------------------------
@@ -866,14 +728,9 @@ def test_rebels_gradient_is_a_multiple_of_p3os_at_first_and_pulls_back_where_v2_
 )
 def test_the_examples_in_docstrings_are_right(name):
     """Each runs as it stands in p3o.py."""
-    function = getattr(p3o, name)
-    namespace = vars(p3o).copy()
-    examples = doctest.DocTestFinder().find(function, name, globs=namespace)
-    attempted = 0
-    failed = 0
-    for example in examples:
-        result = doctest.DocTestRunner().run(example)
-        attempted += result.attempted
-        failed += result.failed
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder().find(getattr(p3o, name), name, globs=vars(p3o).copy()):
+        runner.run(example)
+    failed, attempted = runner.summarize()[:2]
     assert attempted > 0
     assert failed == 0, "see the captured output"

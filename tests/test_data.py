@@ -1,29 +1,286 @@
-"""The shipped data and its judge."""
+"""Preference pairs from every source and in every format; the shipped data and its judge."""
 
+import gzip
+import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from toys import dialogue, write_rows
 
-from data import judge
-from data.preferences import Pair, load_pairs
-
-DATA = Path(__file__).resolve().parents[1] / "data"
+from data import generate, judge
+from data.preferences import SHIPPED_DATA, InputError, Pair, Unusable, load_pairs, split_row
 
 
+def hh(chosen: str, rejected: str) -> dict[str, str]:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+# ---- Rows of text --------------------------------------------------------------------------
+def test_a_row_is_split_after_the_last_assistant_turn_that_both_share():
+    chosen = dialogue("Hi", "Hello", "Help", "Yes")
+    rejected = dialogue("Hi", "Hello", "Help", "Yes, gladly")
+    pair = split_row(hh(chosen, rejected))
+    assert pair.prompt == dialogue("Hi", "Hello", "Help") + "\n\nAssistant:"
+    assert pair.chosen == " Yes"
+    assert pair.rejected == " Yes, gladly"
+
+
+def test_a_row_may_bring_its_prompt():
+    """Then everything else belongs to the responses, also a beginning that they share."""
+    row = {"prompt": dialogue("Go?"), "chosen": " Yes, do", "rejected": " Yes, wait"}
+    assert split_row(row) == Pair(dialogue("Go?"), " Yes, do", " Yes, wait")
+    row = {"prompt": "Question: 1 + 1?", "chosen": "A", "rejected": "B"}
+    assert split_row(row) == Pair("Question: 1 + 1?", "A", "B")
+
+
+SECOND_QUESTION = dialogue("Hi", "A", "and", "B")
+
+
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("no shared prompt", hh(dialogue("Hi", "A"), dialogue("Ho", "A"))),
+        ("no shared prompt", hh("A", "B")),
+        ("a new human turn in a response", hh(SECOND_QUESTION, dialogue("Hi", "C"))),
+        ("a new human turn in a response", hh(dialogue("Hi", "C"), SECOND_QUESTION)),
+        ("empty response", hh(dialogue("Hi", "A"), dialogue("Hi", " "))),
+        ("empty response", hh(dialogue("Hi", " "), dialogue("Hi", "A"))),
+        ("equal responses", hh(dialogue("Hi", "A"), dialogue("Hi", "A"))),
+        ("empty response", {"prompt": "Go?", "chosen": " ", "rejected": "B"}),
+        ("no shared prompt", {"prompt": " ", "chosen": "A", "rejected": "B"}),
+    ],
+)
+def test_rows_that_cannot_be_used_are_dropped_with_their_reason(reason, row):
+    with pytest.raises(Unusable, match=reason):
+        split_row(row)
+
+
+# ---- Rows of messages ----------------------------------------------------------------------
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+TALK = [user("Hi"), assistant("Hello"), user("Help")]
+YES = [assistant("Yes")]
+NO = [assistant("No ")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        {"chosen": TALK + YES, "rejected": TALK + NO},
+        {"prompt": TALK, "chosen": YES, "rejected": NO},
+        {"prompt": "Help", "chosen": TALK + YES, "rejected": TALK + NO},  # some bring both
+    ),
+    ids=("shared beginning", "prompt of messages", "prompt of text beside messages"),
+)
+def test_messages_without_a_chat_template_become_an_hh_dialogue(row):
+    prompt = dialogue("Hi", "Hello", "Help") + "\n\nAssistant:"
+    assert split_row(row) == Pair(prompt, " Yes", " No")
+
+
+def test_a_system_message_opens_the_dialogue():
+    system = {"role": "system", "content": "Be kind."}
+    pair = split_row({"prompt": [system, user("Hi")], "chosen": YES, "rejected": NO})
+    assert pair.prompt == "\n\nSystem: Be kind." + dialogue("Hi") + "\n\nAssistant:"
+
+
+class Templated:
+    """A tokenizer with a chat template like ChatML's."""
+
+    eos_token = "<|im_end|>"
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt=False):
+        assert not tokenize
+        text = ""
+        for message in messages:
+            text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+        return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+
+def test_messages_go_through_the_tokenizers_own_chat_template():
+    """The response ends before EOS, which all formats get with the token ids."""
+    pair = split_row({"chosen": TALK + YES, "rejected": TALK + NO}, Templated())
+    assert pair.prompt.startswith("<|im_start|>user\nHi<|im_end|>\n")
+    assert pair.prompt.endswith("<|im_start|>user\nHelp<|im_end|>\n<|im_start|>assistant\n")
+    assert (pair.chosen, pair.rejected) == ("Yes", "No ")
+
+
+def test_a_template_that_does_not_continue_its_own_prompt_is_refused():
+    class Odd(Templated):
+        def apply_chat_template(self, messages, **options):
+            return f"{len(messages)} messages"
+
+    with pytest.raises(InputError, match="chat template"):
+        split_row({"prompt": TALK, "chosen": YES, "rejected": NO}, Odd())
+
+
+@pytest.mark.parametrize("tokenizer", (None, Templated()), ids=("HH", "template"))
+@pytest.mark.parametrize(
+    ("reason", "row"),
+    [
+        ("no shared prompt", {"chosen": [user("A"), *YES], "rejected": [user("B"), *NO]}),
+        ("no shared prompt", {"chosen": YES, "rejected": NO}),
+        ("a new human turn", {"chosen": TALK + YES + TALK + YES, "rejected": TALK + NO}),
+        ("a new human turn", {"prompt": TALK, "chosen": YES, "rejected": NO + TALK}),
+        ("equal responses", {"chosen": TALK + YES, "rejected": TALK + YES}),
+        ("empty response", {"prompt": TALK, "chosen": [assistant(" ")], "rejected": NO}),
+        ("not an assistant's", {"prompt": TALK, "chosen": [user("Yes")], "rejected": NO}),
+    ],
+)
+def test_messages_that_cannot_be_used_are_dropped_with_their_reason(reason, row, tokenizer):
+    with pytest.raises(Unusable, match=reason):
+        split_row(row, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    (
+        {"chosen": "A"},
+        {"chosen": "A", "rejected": None},
+        {"chosen": "A", "rejected": NO},
+        {"chosen": [], "rejected": NO},
+        {"chosen": ["Yes"], "rejected": NO},
+        {"chosen": [{"role": "assistant"}], "rejected": NO},
+        {"chosen": [{"from": "gpt", "value": "Yes"}], "rejected": NO},
+        {"prompt": TALK, "chosen": "A", "rejected": "B"},
+    ),
+    ids=str,
+)
+def test_a_row_of_another_form_is_refused(row):
+    with pytest.raises(InputError, match="must be text or lists of messages"):
+        split_row(row)
+
+
+# ---- Files and directories -----------------------------------------------------------------
+ROWS = [hh(dialogue(f"Hi {i}", f'"A", {i}'), dialogue(f"Hi {i}", "B\nC")) for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.parquet"),
+)
+def test_every_file_format_gives_the_same_pairs(name, tmp_path):
+    rows = [{"prompt": None, **ROWS[0]}, *ROWS[1:]]  # a prompt may be missing here and there
+    table = datasets.Dataset.from_list(rows)
+    plain = tmp_path / "plain"
+    if ".parquet" in name:
+        table.to_parquet(plain)
+    elif ".csv" in name:
+        table.to_csv(plain)
+    else:
+        table.to_json(plain, lines=".jsonl" in name)
+    content = plain.read_bytes()
+    if name.endswith(".gz"):
+        content = gzip.compress(content)
+    (tmp_path / name).write_bytes(content)
+    train, heldout = load_pairs(str(tmp_path / name))
+    assert {*train, *heldout} == {split_row(row) for row in ROWS}
+
+
+def test_files_of_messages_give_their_pairs(tmp_path):
+    rows = []
+    for i in range(40):
+        rows.append({"chosen": [user(f"Hi {i}"), *YES], "rejected": [user(f"Hi {i}"), *NO]})
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    train, heldout = load_pairs(str(path))
+    assert len(train) + len(heldout) == 40
+    assert {pair.chosen for pair in train} == {" Yes"}
+
+
+def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(
+    tmp_path, monkeypatch
+):
+    for name, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
+        plain = write_rows(tmp_path / "plain", part)
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "readme.py").write_text("not data")
+    train, heldout = load_pairs(str(tmp_path))
+    assert train == [split_row(row) for row in ROWS[:30]]
+    assert heldout == [split_row(row) for row in ROWS[30:]]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert load_pairs(f"~/{tmp_path.name}") == (train, heldout)
+
+
+def test_a_single_file_holds_out_whole_prompts(tmp_path):
+    """Answers to one prompt are alike: some in training would make the others look easy."""
+    rows = []
+    for i in range(600):
+        rows.append(hh(dialogue(f"Hi {i // 3}", f"A {i}"), dialogue(f"Hi {i // 3}", "B")))
+    train, heldout = load_pairs(str(write_rows(tmp_path / "rows.jsonl", rows)))
+    assert len(train) + len(heldout) == len({*train, *heldout}) == 600
+    assert 30 <= len(heldout) <= 90
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
+
+
+def test_a_dataset_of_the_hub_is_shuffled_always_alike_and_a_file_keeps_its_order(
+    tmp_path, monkeypatch
+):
+    """Many on the hub are sorted by source, so their first rows would all be of one kind."""
+    rows = []
+    for number in range(200):
+        rows.append({"prompt": f"P{number}", "chosen": f"A{number}", "rejected": "B"})
+    pairs = [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    write_rows(tmp_path / "train.jsonl", rows[:150])
+    write_rows(tmp_path / "test.jsonl", rows[150:])
+    assert load_pairs(str(tmp_path)) == (pairs[:150], pairs[150:])
+
+    held_out_of_it = load_pairs(str(tmp_path / "train.jsonl"))
+    assert [sorted(part, key=pairs.index) == part for part in held_out_of_it] == [True, True]
+
+    plain = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: plain(str(tmp_path)))
+    train, heldout = load_pairs("someone/pairs")
+    assert sorted(train) == sorted(pairs[:150])
+    assert sorted(heldout) == sorted(pairs[150:])
+    for part, middle in ((train, 75), (heldout, 175)):
+        from_late = [pair for pair in part[:20] if pairs.index(pair) >= middle]
+        assert 4 < len(from_late) < 16, "the first rows are not like the others"
+    assert (train, heldout) == load_pairs("someone/pairs")
+
+
+def test_one_held_out_pair_is_too_few(tmp_path):
+    """A figure's interval takes two values."""
+    write_rows(tmp_path / "train.jsonl", ROWS[:30])
+    write_rows(tmp_path / "test.jsonl", ROWS[30:31])
+    with pytest.raises(InputError, match="too few usable rows"):
+        load_pairs(str(tmp_path))
+
+
+def test_one_prompt_cannot_be_both_trained_on_and_held_out(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:1] * 30)
+    with pytest.raises(InputError, match="too few usable rows"):
+        load_pairs(str(path))
+
+
+# ---- The formats of data/README.md ---------------------------------------------------------
+def test_the_pages_example_rows_are_one_pair_in_each_format():
+    page = (SHIPPED_DATA / "README.md").read_text()
+    rows = [json.loads(line) for line in page.splitlines() if line.startswith('{"')]
+    assert len(rows) == 4
+    assert len({split_row(row) for row in rows}) == 1
+
+
+# ---- The shipped data ----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def shipped() -> dict[str, list[Pair]]:
-    train, heldout = load_pairs(str(DATA))
+    train, heldout = load_pairs(str(SHIPPED_DATA))
     return {"train": train, "heldout": heldout}
 
 
 def test_regenerating_gives_the_same_bytes(tmp_path):
-    command = [sys.executable, "-m", "data.generate", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=DATA.parent)
+    generate.main(tmp_path)
     for made in (*tmp_path.glob("*.jsonl"), *tmp_path.glob("tiny/*")):
-        assert made.read_bytes() == (DATA / made.relative_to(tmp_path)).read_bytes()
+        shipped = Path(SHIPPED_DATA, made.relative_to(tmp_path))
+        assert made.read_bytes() == shipped.read_bytes(), f"{shipped.name} is not generate.py's"
     assert {path.name for path in tmp_path.iterdir()} == {"train.jsonl", "test.jsonl", "tiny"}
 
 
@@ -43,13 +300,10 @@ def test_no_prompt_and_no_response_of_the_heldout_file_occurs_in_training(shippe
 
 
 def test_labels_are_drawn_from_bradley_terry_on_the_gold_reward(shipped):
-    """Among pairs with one gap, the better response is chosen with probability σ(gap), within 4
-    standard errors."""
+    """With each gap, the better response is chosen as often as σ(gap), within 4 standard errors."""
     chosen_better: dict[float, list[bool]] = {}
-    for pair in shipped["train"]:
-        gap = judge.gold_reward(pair.prompt, pair.chosen) - judge.gold_reward(
-            pair.prompt, pair.rejected
-        )
+    for prompt, chosen, rejected in shipped["train"]:
+        gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
         if gap:
             chosen_better.setdefault(abs(gap), []).append(gap > 0)
     assert len(chosen_better) >= 5
@@ -59,6 +313,7 @@ def test_labels_are_drawn_from_bradley_terry_on_the_gold_reward(shipped):
         assert abs(sum(outcomes) / len(outcomes) - expected) < 4 * error + 1 / len(outcomes)
 
 
+# ---- The judge -----------------------------------------------------------------------------
 PROMPT = "\n\nHuman: My bike is slow. Any advice?\n\nAssistant:"
 
 

@@ -1,6 +1,6 @@
-"""The committed notebook was run from top to bottom, without an error, and leaves p3o.py as it is.
+"""The committed notebook was run from top to bottom without an error, and redefines nothing.
 
-That it *still* runs is shown by running it: `jupyter execute tutorial.ipynb`.
+To show that it still runs, run it: `jupyter execute tutorial.ipynb`.
 """
 
 import ast
@@ -24,40 +24,27 @@ def test_every_code_cell_was_run_in_order_without_an_error(cells):
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
-    assert not [
-        output
-        for output in outputs
-        if output["output_type"] == "error" or output.get("name") == "stderr"
-    ]
+    for output in outputs:
+        assert output["output_type"] != "error" and output.get("name") != "stderr", output
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 10
 
 
 def test_it_redefines_nothing_of_p3o(cells):
-    tree = ast.parse(
-        "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    )
-    defined = {
-        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
-    public = {
-        name for name, value in vars(p3o).items() if getattr(value, "__module__", None) == "p3o"
-    }
-    assert "p3o_loss" in public
-    assert not defined & public
-    stores = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-    ]
-    assert not [node for node in stores if ast.unparse(node.value) == "p3o"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    own = {name for name, value in vars(p3o).items() if getattr(value, "__module__", "") == "p3o"}
+    assert "p3o_loss" in own
+    for node in ast.walk(ast.parse("\n".join(code))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert node.name not in own, f"the notebook defines {node.name} again"
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            assert ast.unparse(node.value) != "p3o", f"the notebook sets p3o.{node.attr}"
 
 
-def test_each_section_has_a_question_and_a_link_in_the_readme(cells):
+def test_each_section_has_a_number_and_a_question(cells):
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
-    titles = [section.splitlines()[0] for section in sections]
-    assert [title.split(".")[0] for title in titles] == [str(number) for number in range(1, 14)]
-    readme = (ROOT / "README.md").read_text()
-    for title, section in zip(titles, sections, strict=True):
+    assert len(sections) > 8
+    for number, section in enumerate(sections, 1):
+        assert section.startswith(f"{number}. ")
+        title, *_ = section.splitlines()
         assert "<details><summary>" in section, f"section {title} asks nothing"
-        assert f"(tutorial.ipynb#{title.replace(' ', '-')})" in readme

@@ -1,4 +1,4 @@
-"""What all stages promise; stages 1 and 2, and the gain between 2 and 3."""
+"""What all stages promise, the update that they share, stages 1 and 2, and the gain."""
 
 import inspect
 import math
@@ -10,6 +10,7 @@ from toys import encode, nothing, small, train
 import p3o
 
 POLICY = pytest.param("policy", marks=pytest.mark.problem_8)
+GAIN = small(minibatch=8, response_tokens=10)
 every_stage = pytest.mark.parametrize("stage", ("sft", "reward", POLICY))
 
 
@@ -27,7 +28,6 @@ def model_of(tiny, fresh):
 # ---- All three -----------------------------------------------------------------------------
 @every_stage
 def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, model_of, monkeypatch, stage):
-    """Else a stage that ends early would never see the end of the data."""
     examples = []
     for i, example in enumerate(encode(tiny, 24)):
         examples.append(example._replace(prompt=[i]))  # each prompt its own number
@@ -38,7 +38,7 @@ def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, model_of, mo
 
     def watched(*args, **options):
         prompts = inspect.signature(plain).bind(*args, **options).arguments["prompts"]
-        if stage == "reward":  # there, each comes twice
+        if stage == "reward":  # each of its prompts comes twice
             prompts = prompts[::2]
         seen.extend(prompt[0] for prompt in prompts)
         return plain(*args, **options)
@@ -57,11 +57,11 @@ def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, model_of, mo
 def test_every_stages_learning_rate_falls_until_its_last_update_and_not_before(
     tiny, model_of, monkeypatch, stage
 ):
-    """22 rows by 8 in two passes are 6 updates; 3 iterations of two passes over 11 pairs by 4
-    are 18, with one rate an iteration."""
+    """22 rows by 8 in two passes are 6 updates. Stage 3 has one rate an iteration: here 3
+    iterations of two passes over 11 pairs by 4, 18 updates."""
     peak = {"sft": 0.1, "reward": 0.2, "policy": 0.3}[stage]
     sizes = dict(batch=8, epochs=2, iterations=3, pairs=11, minibatch=4, response_tokens=4)
-    cfg = small(sft_lr=0.1, reward_lr=0.2, lr=0.3, **sizes)
+    cfg = small(sft_lr=0.1, reward_lr=0.2, p3o_lr=0.3, **sizes)
     rates = []
 
     def watched(model, optimizer, lr):
@@ -81,12 +81,11 @@ def test_every_stages_learning_rate_falls_until_its_last_update_and_not_before(
 
 @every_stage
 def test_every_stage_turns_dropout_off(tiny, model_of, stage):
-    """GPT-2's default dropout is 0.1: two forwards of one policy would differ, and so would
-    ratios from 1."""
+    """GPT-2's default dropout is 0.1: the same policy would give two different log-probs."""
     model = model_of(stage).train()
     assert model.config.resid_pdrop > 0
     examples = encode(tiny, 2)
-    cfg = small(sft_lr=0.0, reward_lr=0.0, lr=0.0, iterations=1, pairs=2, minibatch=2)
+    cfg = small(sft_lr=0.0, reward_lr=0.0, p3o_lr=0.0, iterations=1, pairs=2, minibatch=2)
     train(stage, model, tiny[0], examples, cfg)
     ids = torch.tensor([examples[0].prompt])
     with torch.no_grad():
@@ -96,20 +95,15 @@ def test_every_stage_turns_dropout_off(tiny, model_of, stage):
 
 
 @every_stage
-@pytest.mark.parametrize("size", (1, 2, 4))
-def test_micro_batches_change_memory_and_not_the_update(tiny, model_of, stage, size):
-    """One at a time, two, four with two left over: metrics and weights of all at once, in
-    float64."""
+def test_micro_batches_change_memory_and_not_the_update(tiny, model_of, stage):
+    """In float64, all at once, one at a time, and four with two left over give the same."""
     sizes = dict(batch=6, epochs=1, iterations=2, pairs=12, minibatch=6, response_tokens=6)
+    reference = model_of("policy").double()
 
     def run(micro_batch):
         model = model_of(stage).double()
-        reference = model_of(stage).double()
         rows = []
         seen = []
-
-        def log(step, row):
-            rows.append(row)
 
         def spy(logprobs, *rest, **options):
             seen.append(len(logprobs))
@@ -117,19 +111,81 @@ def test_micro_batches_change_memory_and_not_the_update(tiny, model_of, stage, s
 
         torch.manual_seed(0)
         cfg = small(micro_batch=micro_batch, **sizes)
+        log = lambda step, row: rows.append(row)  # noqa: E731
         train(stage, model, reference, encode(tiny, 12), cfg, log, spy)
-        if stage == "policy":
-            assert max(seen) == min(micro_batch, 6)
+        assert not seen or max(seen) == min(micro_batch, 6)
         return rows, list(model.parameters())
 
     rows, weights = run(12)
-    other_rows, other_weights = run(size)
-    for row, other in zip(rows, other_rows, strict=True):
-        same = row == pytest.approx(other, rel=1e-4, abs=1e-6)
-        assert same, "the metrics depend on the micro-batch"
-    for weight, other in zip(weights, other_weights, strict=True):
-        same = torch.allclose(weight, other, atol=1e-6)
-        assert same, "the update depends on the micro-batch"
+    for size in (1, 4):
+        other_rows, other_weights = run(size)
+        for row, other in zip(rows, other_rows, strict=True):
+            same = row == pytest.approx(other, rel=1e-4, abs=1e-6)
+            assert same, "the metrics depend on the micro-batch"
+        for weight, other in zip(weights, other_weights, strict=True):
+            same = torch.allclose(weight, other, atol=1e-6)
+            assert same, "the update depends on the micro-batch"
+
+
+# ---- One update ----------------------------------------------------------------------------
+class Model(torch.nn.Module):
+    """A body and a head, two parameters each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Parameter(torch.zeros(2))
+        self.head = torch.nn.Parameter(torch.zeros(2))
+
+
+def sgd(model: Model) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [model.body]}, {"params": [model.head], "lr_scale": 10}])
+
+
+def test_a_step_clips_the_gradient_to_norm_1_and_reports_its_norm_before():
+    model = Model()
+    (model.body * torch.tensor([3.0, 4.0])).sum().backward()
+    norm = p3o.gradient_step(model, sgd(model), 1.0)
+    assert norm == pytest.approx(5.0), "the norm should be this loss's, before it is clipped"
+    assert torch.allclose(model.body.detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_a_step_clips_the_norm_over_all_parameter_groups():
+    """Clipped apart, body and head would leave the gradient's direction."""
+    model = Model()
+    (3 * model.body[0] + 4 * model.head[0]).backward()
+    assert p3o.gradient_step(model, sgd(model), 0.1) == pytest.approx(5.0)
+    assert model.body[0].item() == pytest.approx(-0.06)
+    assert model.head[0].item() == pytest.approx(-0.8), "the head's rate is ten times the body's"
+
+
+def test_a_step_forgets_the_gradient_of_the_step_before():
+    model = Model()
+    optimizer = sgd(model)
+    for _ in range(2):
+        (model.body * torch.tensor([0.3, 0.4])).sum().backward()
+        p3o.gradient_step(model, optimizer, 1.0)
+    assert torch.allclose(model.body.detach(), -2 * torch.tensor([0.3, 0.4]))
+
+
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_gradient_that_is_not_finite_stops_before_the_update(bad):
+    model = Model()
+    (model.body * bad).sum().backward()
+    with pytest.raises(FloatingPointError):
+        p3o.gradient_step(model, sgd(model), 1.0)
+    assert torch.equal(model.body.detach(), torch.zeros(2))
+
+
+def test_the_learning_rate_warms_up_over_a_twentieth_then_falls_and_is_never_0():
+    rates = [p3o.learning_rate(2.0, step, 100) for step in range(100)]
+    assert rates[:4] == pytest.approx([0.4, 0.8, 1.2, 1.6])
+    assert max(rates) == rates[4]
+    assert rates[5:] == pytest.approx([2.0 * (1 - step / 100) for step in range(5, 100)])
+    assert min(rates) > 0
+
+
+def test_a_stage_of_one_step_has_the_peak_rate():
+    assert p3o.learning_rate(2.0, 0, 1) == 2.0
 
 
 # ---- Stages 1 and 2 ------------------------------------------------------------------------
@@ -161,12 +217,12 @@ def test_sft_makes_the_chosen_responses_likelier(tiny, fresh):
 
 
 def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
-    """It comes to rank its training pairs as labelled, better than chance would."""
+    """After training it ranks its training pairs better than chance."""
     model = fresh(tiny[1])
     rows = []
-    examples = encode(tiny, 256)
+    examples = encode(tiny, 160)
     torch.manual_seed(0)
-    cfg = small(epochs=3, batch=16)
+    cfg = small(epochs=4, batch=16)
     p3o.train_reward(model, examples, cfg, lambda step, row: rows.append(row))
     assert rows[0]["reward/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(row["reward/loss"] for row in rows[-10:]) / 10 < 0.6
@@ -177,7 +233,7 @@ def test_reward_training_starts_at_ln_2_and_learns_to_rank(tiny, fresh):
 
 
 def test_the_fresh_head_of_the_reward_model_has_ten_times_the_rate(tiny, fresh, monkeypatch):
-    """It has further to go than its body, which was trained before."""
+    """The head starts at 0; the body was trained before."""
     model = fresh(tiny[1])
     rates = {}
 
@@ -197,8 +253,8 @@ def test_the_fresh_head_of_the_reward_model_has_ten_times_the_rate(tiny, fresh, 
 # ---- The gain ------------------------------------------------------------------------------
 @pytest.mark.problem_7
 def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, monkeypatch):
-    """Those that it saw, of two responses to each of the prompts."""
-    policy, reward_model, _, cfg, _ = tiny
+    """Two responses to each of the prompts are sampled and scored."""
+    policy, reward_model, *_ = tiny
     model = fresh(reward_model)
     with torch.no_grad():
         model.score.weight.mul_(30)
@@ -214,7 +270,7 @@ def test_the_gain_makes_score_differences_of_root_mean_square_1(tiny, fresh, mon
 
     monkeypatch.setattr(p3o, "reward_scores", watched)
     torch.manual_seed(0)
-    factor = p3o.set_gain(model, policy, prompts, cfg)
+    factor = p3o.set_gain(model, policy, prompts, GAIN)
     scores = torch.cat(seen)
     assert scores.shape == (32, 2), "each prompt should be answered, and scored, twice"
     gaps = scores[:, 0] - scores[:, 1]
@@ -232,13 +288,12 @@ def test_a_reward_model_that_scores_all_alike_has_no_gain(tiny, fresh):
     model = fresh(tiny[1])
     torch.nn.init.zeros_(model.score.weight)
     with pytest.raises(FloatingPointError, match="--reward-lr"):
-        p3o.set_gain(model, tiny[0], [[1], [2]], tiny[3])
+        p3o.set_gain(model, tiny[0], [[1], [2]], GAIN)
 
 
 @pytest.mark.problem_7
 def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkeypatch):
-    """A gain from absolute scores would: their spread holds that of δ(x), and so would every
-    update after it."""
+    """A gain from absolute scores would, because δ(x) is part of their spread."""
     policy, reward_model, *_ = tiny
     prompts = [example.prompt for example in encode(tiny, 32)]
     plain = p3o.reward_scores
@@ -249,7 +304,7 @@ def test_the_gain_does_not_depend_on_an_offset_of_the_reward(tiny, fresh, monkey
         return plain(model, ids, mask).double() + offset
 
     torch.manual_seed(0)
-    factor = p3o.set_gain(fresh(reward_model), policy, prompts, tiny[3])
+    factor = p3o.set_gain(fresh(reward_model), policy, prompts, GAIN)
     monkeypatch.setattr(p3o, "reward_scores", shifted)
     torch.manual_seed(0)
-    assert p3o.set_gain(fresh(reward_model), policy, prompts, tiny[3]) == pytest.approx(factor)
+    assert p3o.set_gain(fresh(reward_model), policy, prompts, GAIN) == pytest.approx(factor)

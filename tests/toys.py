@@ -1,5 +1,4 @@
-"""What several tests share: a model small enough to enumerate, batches made by hand, short runs
-of stage 3."""
+"""What several tests share: a model small enough to enumerate, batches made by hand, short runs."""
 
 import copy
 import itertools
@@ -21,16 +20,17 @@ from transformers import (
 
 import p3o
 
-EOS = 3  # of the toy: a vocabulary of five, responses of at most three tokens
+EOS = 3  # of the toy: five tokens, responses of at most three
 PAD = 4
 LONGEST = 3
 TOY_PROMPTS = [[0], [1, 2, 0]]
 
 
-def toy_model(seed: int) -> GPT2LMHeadModel:
+# ---- Models --------------------------------------------------------------------------------
+def toy_model(seed: int, vocab_size: int = 5) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=5,
+        vocab_size=vocab_size,
         n_positions=8,
         n_embd=16,
         n_layer=1,
@@ -44,7 +44,7 @@ def toy_model(seed: int) -> GPT2LMHeadModel:
 
 
 def llama(vocab_size: int, **options) -> LlamaForCausalLM:
-    """A model with rotary positions, which unlike GPT-2 takes ids (N, T) alone."""
+    """Return a model with rotary positions. Unlike GPT-2, it takes ids only as (N, T)."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=16,
@@ -56,14 +56,20 @@ def llama(vocab_size: int, **options) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Compare bit by bit."""
+    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+
+
+# ---- Batches -------------------------------------------------------------------------------
 def unended(length: int) -> list[list[int]]:
-    """All rows of so many of the toy's tokens, none of them EOS."""
+    """Return all rows of `length` tokens of the toy that hold no EOS."""
     tokens = [token for token in range(5) if token != EOS]
     return [list(row) for row in itertools.product(tokens, repeat=length)]
 
 
 def every_response() -> list[list[int]]:
-    """All 85 responses of the toy: up to and including the first EOS, or cut after three tokens."""
+    """Return the toy's 85 responses: up to the first EOS, or truncated after three tokens."""
     responses = []
     for length in range(LONGEST):
         responses += [[*row, EOS] for row in unended(length)]
@@ -71,7 +77,7 @@ def every_response() -> list[list[int]]:
 
 
 def by_hand(prompts: list[list[int]], responses: list[list[int]], pad: int):
-    """ids and response_mask, (N, T), without `collate`: these tests need nothing but torch."""
+    """Return ids and response_mask, (N, T), without `collate`, which may not be solved yet."""
     rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
@@ -83,19 +89,23 @@ def by_hand(prompts: list[list[int]], responses: list[list[int]], pad: int):
 
 
 def toy_batch(prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and response_mask, (85, T), of every response to a prompt."""
+    """Return ids and response_mask, (85, T), of every response to a prompt."""
     responses = every_response()
     return by_hand([prompt] * len(responses), responses, PAD)
 
 
+def tokenize(pairs, tokenizer, cfg: p3o.Config) -> list[p3o.Example]:
+    return p3o.tokenize(pairs, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
+
+
 def encode(tiny, count: int = 6) -> list[p3o.Example]:
-    """The first held-out pairs as token ids."""
+    """Return the first held-out pairs as token ids."""
     _, _, tokenizer, cfg, pairs = tiny
-    return p3o.tokenize(pairs[:count], tokenizer, cfg)
+    return tokenize(pairs[:count], tokenizer, cfg)
 
 
 def batch(tiny, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and response_mask of the first chosen responses."""
+    """Return ids and response_mask of the first chosen responses."""
     examples = encode(tiny, count)
     prompts = [example.prompt for example in examples]
     chosen = [example.chosen for example in examples]
@@ -103,14 +113,16 @@ def batch(tiny, count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def with_nan_elsewhere(model: torch.nn.Module, ids: torch.Tensor, keep: torch.Tensor):
-    """Until removed, the model's hidden states for rows of `ids` (N, T), or their beginnings, are
-    NaN wherever `keep` (N, T) is False."""
+    """Make hidden states NaN where `keep` (N, T) is False, until the returned hook is removed.
+
+    The model may be given rows of `ids` (N, T), or their beginnings, in any order.
+    """
 
     def kept(row):
         for known, where in zip(ids, keep, strict=True):
             if torch.equal(known[: len(row)], row):
                 return where[: len(row)]
-        raise AssertionError(f"the model is given a row that is none of the batch: {row.tolist()}")
+        raise AssertionError(f"the model is given a row that is not in the batch: {row.tolist()}")
 
     def hook(_, arguments, options, output):
         (rows,) = arguments or [options["input_ids"]]
@@ -123,7 +135,7 @@ def with_nan_elsewhere(model: torch.nn.Module, ids: torch.Tensor, keep: torch.Te
 
 
 def dialogue(*turns: str) -> str:
-    """Text as Anthropic HH has it; the human begins."""
+    """Return text in the format of Anthropic HH; the human begins."""
     text = ""
     for i, turn in enumerate(turns):
         who = "Assistant" if i % 2 else "Human"
@@ -131,32 +143,37 @@ def dialogue(*turns: str) -> str:
     return text
 
 
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Write one JSON line a row."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- Stages --------------------------------------------------------------------------------
 def small(**options) -> p3o.Config:
     return p3o.Config(**p3o.SMALL | options)
 
 
 def nothing(*_, **__) -> None:
-    """A log that forgets."""
+    """A log that keeps nothing."""
 
 
 def length_score(ids, mask):
-    """A score: the longer, the better."""
+    """Score a response by its length."""
     return mask.sum(-1).float() / 8
 
 
 def even_share(ids, mask):
-    """A score: the share of even token ids."""
+    """Score a response by its share of even token ids."""
     return ((ids % 2 == 0) & mask).sum(-1) / mask.sum(-1)
 
 
-def run_policy(policy, reference, score: Callable, prompts, cfg, loss_fn: Callable = p3o.p3o_loss):
-    """Stage 3 on a copy of `policy`: the copy, its metrics, what the loss saw at each update."""
+def run_policy(policy, reference, score: Callable, prompts, cfg, loss_fn: Callable | None = None):
+    """Run stage 3 on a copy of `policy`: the copy, its metrics, what the loss saw each time."""
     trained = copy.deepcopy(policy)
     rows = []
     seen = []
-
-    def log(step, row):
-        rows.append(row)
+    loss_fn = loss_fn or p3o.p3o_loss
 
     def spy(logprobs, old_logprobs, ref_logprobs, scores, **options):
         loss, metrics = loss_fn(logprobs, old_logprobs, ref_logprobs, scores, **options)
@@ -169,15 +186,24 @@ def run_policy(policy, reference, score: Callable, prompts, cfg, loss_fn: Callab
         return loss, metrics
 
     torch.manual_seed(0)
-    p3o.train_policy(trained, reference, score, prompts, cfg, log, spy)
+    log = lambda step, row: rows.append(row)  # noqa: E731
+    p3o.train_policy(trained, reference, score, spy, prompts, cfg, log)
     return trained, rows, seen
 
 
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    """Bit by bit."""
-    return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+def train(stage: str, model, reference, examples, cfg, log=nothing, loss_fn=None) -> None:
+    """Run any stage on the same examples; stage 3's score likes even token ids."""
+    if stage == "sft":
+        p3o.train_sft(model, examples, cfg, log)
+    elif stage == "reward":
+        p3o.train_reward(model, examples, cfg, log)
+    else:
+        prompts = [example.prompt for example in examples]
+        loss_fn = loss_fn or p3o.p3o_loss
+        p3o.train_policy(model, reference, even_share, loss_fn, prompts, cfg, log)
 
 
+# ---- The command ---------------------------------------------------------------------------
 def status(options: list[str]) -> int:
     """Run the command line in this process: its exit status, its message on stderr."""
     try:
@@ -190,19 +216,8 @@ def status(options: list[str]) -> int:
     return 0
 
 
-def train(stage: str, model, reference, examples, cfg, log=nothing, loss_fn=p3o.p3o_loss) -> None:
-    """Any of the three stages on the same examples; the third likes even token ids."""
-    if stage == "sft":
-        p3o.train_sft(model, examples, cfg, log)
-    elif stage == "reward":
-        p3o.train_reward(model, examples, cfg, log)
-    else:
-        prompts = [example.prompt for example in examples]
-        p3o.train_policy(model, reference, even_share, prompts, cfg, log, loss_fn)
-
-
 def metrics_of(out: Path, stage: str) -> list[dict]:
-    """The metrics of a stage of a finished run, but for their timings."""
+    """Return a stage's metrics without their timings."""
     rows = [json.loads(line) for line in (out / f"{stage}.jsonl").read_text().splitlines()]
     for row in rows:
         del row["seconds"]
@@ -210,7 +225,7 @@ def metrics_of(out: Path, stage: str) -> list[dict]:
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    """The weights of the three models of a finished run, by stage and name."""
+    """Return the weights of a finished run's three models, by stage and name."""
     weights = {}
     for stage, kind in (
         ("sft", AutoModelForCausalLM),
@@ -220,3 +235,11 @@ def weights_of(out: Path) -> dict[str, torch.Tensor]:
         for key, value in kind.from_pretrained(out / stage).state_dict().items():
             weights[f"{stage}.{key}"] = value
     return weights
+
+
+def assert_p3o_moved_every_weight(out: Path) -> None:
+    weights = weights_of(out)
+    for key, value in weights.items():
+        if key.startswith("p3o."):
+            moved = not torch.equal(value, weights["sft" + key[3:]])
+            assert moved, f"P3O never moved {key}"
