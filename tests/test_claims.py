@@ -633,7 +633,7 @@ def test_metrics_are_what_they_say(clip):
 
 @p3o_loss
 def test_another_clip_is_refused():
-    with pytest.raises(ValueError, match="'both'"):
+    with pytest.raises(ValueError):
         loss_of(random_batch(25, 0.1), clip="both")
 
 
