@@ -35,12 +35,12 @@ From J to the loss. Let y_1 and y_2 be drawn independently from π(·|x), r_i = 
 
 KL(π‖π_ref) = E_π h, so J = E[ r − β h ], over prompts x and responses y ∼ π. For any f(y),
 ∇ E_π f = E_π[ f ∇ log π + ∇f ]. Hence ∇J = E[ (r_1 − β h_1) ∇ log π(y_1|x) ] − β E[ ∇h_1 ].
-As ∇h = ∇ log π and E_π ∇ log π = 0, the second term is zero. For the same reason, a baseline
-that does not depend on y_1 may be subtracted in the first term. The partner's r_2 − β h_2 is
-one, which leaves E[ q ∇ log π(y_1|x) ]. With the roles of y_1 and y_2 swapped, the same gradient
-is E[ −q ∇ log π(y_2|x) ]. The mean of the two, hence the ½, is E ½ q ∇ log(π(y_1|x)/π(y_2|x)).
-But our pairs were sampled some updates ago, by an older policy π_old. An importance weight ρ_i
-for each response corrects for that:
+As ∇h = ∇ log π and E_π ∇ log π = ∇ Σ_y π = 0, the second term is zero. For the same reason, a
+baseline that does not depend on y_1 may be subtracted in the first term. The partner's
+r_2 − β h_2 is one, which leaves E[ q ∇ log π(y_1|x) ]. With the roles of y_1 and y_2 swapped,
+the same gradient is E[ −q ∇ log π(y_2|x) ]. The mean of the two, hence the ½, is
+E ½ q ∇ log(π(y_1|x)/π(y_2|x)). But our pairs were sampled some updates ago, by an older policy
+π_old. An importance weight ρ_i for each response corrects for that:
 
     (3)  ∇J = E ½ q ρ_1 ρ_2 ∇ log( π(y_1|x) / π(y_2|x) )         E over x and y_1, y_2 ∼ π_old
 
@@ -49,22 +49,22 @@ paper calls them V1 and V2, and finds V2 steadier, so V2 is the default. As in P
 limits how far an update may go. Ratios that only weigh, w and ρ̄ = clip(ρ, 1/c, c), are
 clipped by c = 10, so that no pair dominates an update or drops out of it.
 
-    (4)  V2, clip="joint", moves u = log(ρ_1/ρ_2). As π_old is fixed, ∇u = ∇ log(π(y_1)/π(y_2)):
+    (4)  V2, clip="joint", acts on u = log(ρ_1/ρ_2). As π_old is fixed, ∇u = ∇ log(π(y_1)/π(y_2)):
          L = E ½ min( q w u,  q w clip(u, −ε, ε) )             w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
-    (5)  V1, clip="separate", moves one ratio at a time, and ∇ρ_1 = ρ_1 ∇ log π(y_1|x):
+    (5)  V1, clip="separate", acts on one ratio at a time, and ∇ρ_1 = ρ_1 ∇ log π(y_1|x):
          L = E ½ { min(  q sg[ρ̄_2] ρ_1,   q sg[ρ̄_2] clip(ρ_1, 1−ε, 1+ε) )
                  + min( −q sg[ρ̄_1] ρ_2,  −q sg[ρ̄_1] clip(ρ_2, 1−ε, 1+ε) ) }
 
 Once u (in V1, a ratio) has moved by ε in the direction in which q pushes, min() picks the
 clipped term, which is constant, so the gradient is zero. It never stops a move back. At the
-optimum, π ∝ π_ref exp(r/β), every q is 0.
+optimum, π ∝ π_ref exp(r/β), r − β h is the same for all y, so every q is 0.
 
 Three sizes in stage 3: each iteration samples --pairs pairs, each update takes --minibatch of
-them, and --micro-batch of those pass through the model at a time. The last one saves memory and
-changes no update.
+them, and --micro-batch of those pass forward and backward at a time. The last one saves memory
+and changes no update.
 
-Left out: PPO's value network and its advantages per token (the partner is the baseline of the
-whole response), clipping scores or dividing them by their spread (δ(x) would matter again), a
+Left out: PPO's value network, a learned baseline for each token (here the partner is the
+baseline), clipping scores or dividing them by their spread (δ(x) would matter again), a
 KL loss (q holds the KL), several GPUs and LoRA (tests/own/trl_p3o.py hands over to the library
 TRL).
 """
@@ -113,7 +113,7 @@ from data.preferences import (
     try_hub,
 )
 
-GAIN_PROMPTS = 128  # pairs; their r_1 − r_2 give its size to about 6 % (standard error)
+GAIN_PROMPTS = 128  # with as many r_1 − r_2, the gain's standard error is about 6 %
 CHECKPOINT_EVERY = 20  # iterations of stage 3
 ROUNDING = 1e-3  # nats by which two computations of the same log π(y|x) may differ
 STAGES = ("sft", "reward", "p3o")
@@ -123,7 +123,7 @@ if DEVICE == "cuda":
     # fp32 with TF32 products, which round log π(y|x) by some 0.03 nats. In bf16 it would be some
     # 0.3, and log(ρ_1/ρ_2) would pass ε by rounding alone
     torch.set_float32_matmul_precision("high")
-    ROUNDING = 1.0  # a coarse check, but dropout, for one, moves it by several nats
+    ROUNDING = 1.0  # the check in stage 3 is coarse here, but dropout would exceed it by far
 
 
 # ---- Configuration: each field is a command-line option ------------------------------------
@@ -300,7 +300,7 @@ def sample(
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
         point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
         drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
-        # rounding could point past the vocabulary, as NaN does (`gradient_step` reports that)
+        # rounding could point past the vocabulary; NaN does, and stops at the next gradient step
         input_ids = drawn.clamp(max=cdf.shape[1] - 1)
         for row, token in zip(unfinished.tolist(), input_ids.flatten().tolist(), strict=True):
             responses[row].append(token)
@@ -636,13 +636,14 @@ def train_policy(
         batches[iteration].sort(key=len)  # as in stage 1
         ids, response_mask = sample(policy, batches[iteration], 2, cfg.response_tokens)
 
-        # 2. what stays fixed during the inner epochs, (B, 2) each
+        # 2. what stays fixed during the inner epochs, (B, 2) each. old_logprobs is not kept from
+        #    sampling, which rounds differently, so that the ratio starts at 1
         size = cfg.micro_batch
-        rows = list(zip(ids.split(size), response_mask.split(size), strict=True))  # (b, 2, T)
+        parts = list(zip(ids.split(size), response_mask.split(size), strict=True))  # (b, 2, T)
         with torch.no_grad():
-            scores = torch.cat([score(*part) for part in rows])
-            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in rows])
-            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in rows])
+            scores = torch.cat([score(*part) for part in parts])
+            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in parts])
+            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in parts])
 
         # 3. updates, each on one minibatch of pairs
         minibatches = []
@@ -670,7 +671,7 @@ def train_policy(
                 for key, value in metrics.items():
                     sums[key] += value * len(index)
             if not optimizer.state:  # AdamW has none before its first update
-                # pairs outside of this minibatch still have their old_logprobs
+                # all pairs against π_ref; this minibatch, computed anew, also against π_old
                 drift = new_logprobs - torch.stack([old_logprobs, ref_logprobs])  # (2, B, 2)
                 self_check(
                     "ratio = 1 and KL = 0 before the first update", drift.abs().max() < ROUNDING
@@ -704,10 +705,12 @@ def evaluate(
 ) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
     """Let SFT and P3O answer the same held-out prompts, and compare the answers.
 
-    Returns `figures`, each figure's values, one for each held-out pair or prompt, and `answers`,
-    the texts of "sft" and of "policy". The winner is decided by the gold reward on the shipped
-    data, which the rules of data/judge.py compute. On other data it is decided by the reward
-    model, which P3O was trained to please.
+    On the shipped data, the better answer is the one with the higher gold reward: the true reward
+    of data/judge.py, from whose differences the noisy labels were drawn. On other data, it is the
+    one with the higher score of the reward model, which P3O was trained to please. Returns
+
+    - figures: for each figure, a list of its values, one for each held-out pair or prompt,
+    - answers: the texts of "sft" and of "policy".
     """
     figures = defaultdict(list)
     gold_is_known = Path(cfg.data).resolve() == SHIPPED_DATA
@@ -716,11 +719,11 @@ def evaluate(
         chosen_scores, rejected_scores = score_pairs(reward_model, batch).unbind(-1)  # (b,), (b,)
         figures["reward_accuracy"] += (chosen_scores > rejected_scores).tolist()
     if gold_is_known:
-        for example, agrees in zip(examples, figures["reward_accuracy"], strict=True):
+        for example, as_labelled in zip(examples, figures["reward_accuracy"], strict=True):
             prompt, chosen, rejected = example.text
             gap = judge.gold_reward(prompt, chosen) - judge.gold_reward(prompt, rejected)
             if gap != 0:
-                figures["reward_gold_agreement"].append(agrees == (gap > 0))
+                figures["reward_gold_agreement"].append(as_labelled == (gap > 0))
 
     answers = defaultdict(list)
     examples = examples[: cfg.eval_prompts]
@@ -945,7 +948,7 @@ def parse_config(argv: list[str]) -> Config:
 
 def main(argv: list[str]) -> None:
     """Run the command line; expected errors exit with a one-line message and status 1."""
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # errors are raised, too
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # exceptions will do
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:

@@ -7,6 +7,7 @@ A row says which of two responses to a prompt was preferred. Three formats are i
     either, in messages         lists of {"role": ..., "content": ...} in the place of text
 """
 
+import glob
 import os
 import zlib
 from collections import Counter
@@ -20,6 +21,9 @@ from tqdm import tqdm
 SHIPPED_DATA = Path(__file__).resolve().parent
 HUMAN = "\n\nHuman:"  # how Anthropic HH marks its turns
 ASSISTANT = "\n\nAssistant:"
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+TRAIN_SPLITS = ("train", "train_prefs", "train_pref")
+TEST_SPLITS = ("test", "test_prefs", "test_pref", "validation", "valid", "val", "dev", "eval")
 
 
 class Pair(NamedTuple):
@@ -44,7 +48,7 @@ def load_pairs(source: str, tokenizer: Any = None) -> tuple[list[Pair], list[Pai
     prompt is, with all its rows. The tokenizer's chat template, if any, turns messages into text.
     """
     splits = load_splits(source)
-    train = usable_pairs(splits.get("train", []), f"{source}, train", tokenizer)
+    train = usable_pairs(splits["train"], f"{source}, train", tokenizer)
     heldout = usable_pairs(splits.get("test", []), f"{source}, test", tokenizer)
     if not heldout:
         # NOTE by prompt: answers to one prompt are alike, and would give each other away
@@ -71,26 +75,57 @@ def try_hub(*sources: str) -> None:
 
 
 def load_splits(source: str) -> dict[str, list[dict]]:
-    """The rows of each split. Raises InputError where there is nothing to read."""
+    """Return the rows of "train" and, if there is one, of "test". Raises InputError."""
     path = Path(source).expanduser().absolute()
     meant_as_path = path.suffix or source.startswith((".", "/", "~"))
     if meant_as_path and not path.exists():
         raise InputError(f"--data {source}: no such file or directory")
-    place = {"path": source}  # on the hub
-    if path.is_dir():
-        place = {"path": str(path)}
-    elif path.is_file():
-        place = {"path": str(path.parent), "data_files": path.name}
     try:
-        loaded = datasets.load_dataset(**place)
-        if not path.exists():
-            # HH comes source by source, and what is measured on a few rows takes the first
-            loaded = loaded.shuffle(seed=0, keep_in_memory=True)
-        return {split: rows.to_list() for split, rows in loaded.items()}
-    except (ValueError, StopIteration, OSError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error) or "no rows"
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if reader_of(file))
+            splits = named_splits({file.name.split(".")[0]: file for file in files}, source)
+            print(f"reading {' and '.join(file.name for file in splits.values())}")
+            return {split: read_file(file) for split, file in splits.items()}
+        if path.is_file():
+            return {"train": read_file(path)}
+        # HH comes source by source, and what is measured on a few rows takes the first
+        loaded = datasets.load_dataset(source).shuffle(seed=0, keep_in_memory=True)
+        splits = named_splits(loaded, source)
+        return {split: rows.to_list() for split, rows in splits.items()}
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds: no network, no such name, a broken file
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
         advice = "--data takes local files, and --small needs none"
         raise InputError(f"cannot load {source!r}: {reason.splitlines()[0]}; {advice}") from None
+
+
+def named_splits(found: dict[str, Any], source: str) -> dict[str, Any]:
+    """Pick "train" and "test" under the names that are in use for them. Raises InputError."""
+    picked = {}
+    for split, names in (("train", TRAIN_SPLITS), ("test", TEST_SPLITS)):
+        usable = [name for name in names if name in found]
+        if usable:
+            picked[split] = found[usable[0]]
+    if "train" not in picked:
+        wanted = f"one of {', '.join(TRAIN_SPLITS)}, and perhaps one of {', '.join(TEST_SPLITS)}"
+        raise InputError(f"{source} holds {', '.join(found) or 'no data'}; it needs {wanted}")
+    return picked
+
+
+def reader_of(file: Path) -> str | None:
+    """Return the name of the library's reader of this kind of file, by its ending."""
+    return READERS.get(Path(file.name.lower().removesuffix(".gz")).suffix)
+
+
+def read_file(file: Path) -> list[dict]:
+    reader = reader_of(file)
+    if not reader:
+        raise InputError(f"{file.name}: the name must end in {', '.join(READERS)} (or .gz)")
+    # NOTE the CSV reader would take an answer "None" or "NA" for a missing one
+    options = {"keep_default_na": False} if reader == "csv" else {}
+    path = glob.escape(str(file))  # brackets and stars are part of the name
+    return datasets.load_dataset(reader, data_files=path, split="train", **options).to_list()
 
 
 def usable_pairs(rows: list[dict], where: str, tokenizer: Any = None) -> list[Pair]:

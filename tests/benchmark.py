@@ -3,16 +3,13 @@
     python tests/benchmark.py                  # the small run's model
     python tests/benchmark.py --size gpt2      # a random GPT-2 (124M): speed, no learning
 
-Three take turns in one process, from the same weights and prompts, with the same number of samples
-and updates, in fp32, without gradient checkpointing:
-
-    p3o.py
-    TRL, alike  no dropout, and GPT-2's activation in one kernel, as in p3o.py
-    TRL, own    dropout and activation of the model's own configuration
+Both take turns in one process, from the same weights and prompts, with the same number of samples
+and updates, in fp32, without dropout and gradient checkpointing. TRL also computes entropies, and
+scores text, as it does by default.
 
 Each iteration uses all the prompts; the first one of a turn is not counted. The learning rate is 0,
-so that the responses keep their lengths. TRL also computes entropies, and scores text, as it does
-by default. The updates' rate of arithmetic is set beside that of a large matrix product.
+so that the responses keep their lengths. The updates' rate of arithmetic is set beside that of a
+large matrix product.
 """
 
 import argparse
@@ -62,7 +59,6 @@ GPT2 = dict(
 )
 SIZES = {"small": p3o.SMALL, "gpt2": p3o.SMALL | GPT2}
 VOCABULARY = 50257  # of GPT-2
-HOW = ("alike", "own")  # the dropout and activation that TRL gets
 
 
 def now() -> float:
@@ -84,7 +80,7 @@ def matrix_product_rate() -> float:
 
 
 def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
-    """Save a policy and a reward model, each with its tokenizer, in the folders of HOW.
+    """Save a policy and a reward model, each with its tokenizer.
 
     Returns the prompts of an iteration as text.
     """
@@ -106,6 +102,7 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            activation_function="gelu_pytorch_tanh",  # as in p3o.load_base
         )
         policy = AutoModelForCausalLM.from_config(config)
         ids = tokenizer("".join(pair.prompt for pair in pairs))["input_ids"]
@@ -118,13 +115,9 @@ def prepare(cfg: p3o.Config, size: str, folder: Path) -> list[str]:
             prompts.append(tokenizer.decode(ids[start : start + length]))
     policy.config.num_labels = 1
     reward_model = AutoModelForSequenceClassification.from_config(policy.config)
-    own = policy.config.activation_function
-    one_kernel = "gelu_pytorch_tanh" if own == "gelu_new" else own  # as in p3o.load_base
-    for how, activation in (("own", own), ("alike", one_kernel)):
-        for name, model in (("policy", policy), ("reward", reward_model)):
-            model.config.activation_function = activation
-            model.save_pretrained(folder / how / name)  # TRL loads its reference from here
-            tokenizer.save_pretrained(folder / how / name)
+    for name, model in (("policy", policy), ("reward", reward_model)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return prompts
 
 
@@ -189,7 +182,6 @@ def time_trl(cfg: p3o.Config, folder: Path, prompts: list[str]) -> float:
         save_strategy="no",
         disable_tqdm=True,
         logging_steps=10**6,
-        disable_dropout=folder.name == "alike",
         dataloader_pin_memory=CUDA,
         activation_checkpointing=False,
     )
@@ -211,7 +203,7 @@ def report(
     cfg: p3o.Config,
     model: PreTrainedModel,
     p3o_turns: list[dict[str, float]],
-    trl_turns: dict[str, list[float]],
+    trl_turns: list[float],
 ) -> None:
     """Print the table, and the ratios turn by turn."""
     mid = {key: statistics.median(turn[key] for turn in p3o_turns) for key in p3o_turns[0]}
@@ -235,13 +227,11 @@ def report(
     print(f"| updates | {mid['updates']:.3f} | {mid['trained'] / mid['updates']:.0f} |")
     print(f"| iteration of p3o.py | {mid['iteration']:.3f} | |")
     trl = f"TRL {importlib.metadata.version('trl')}"
-    for how, turns in trl_turns.items():
-        print(f"| iteration of {trl}, {how} | {statistics.median(turns):.3f} | |")
+    print(f"| iteration of {trl} | {statistics.median(trl_turns):.3f} | |")
     print(f"\nupdates of p3o.py at {operations / mid['updates'] / rate:.0%} of the product's rate")
-    for how, turns in trl_turns.items():
-        paired = zip(turns, p3o_turns, strict=True)
-        ratios = [f"{theirs / ours['iteration']:.2f}" for theirs, ours in paired]
-        print(f"{trl}, {how} / p3o.py, turn by turn: {', '.join(ratios)}")
+    paired = zip(trl_turns, p3o_turns, strict=True)
+    ratios = [f"{theirs / ours['iteration']:.2f}" for theirs, ours in paired]
+    print(f"{trl} / p3o.py, turn by turn: {', '.join(ratios)}")
 
 
 def main(argv: list[str]) -> None:
@@ -265,13 +255,11 @@ def main(argv: list[str]) -> None:
     try:
         trl_config(cfg)
         if cfg.iterations < 2 or args.rounds < 1:
-            raise InputError(
-                "--iterations must be at least 2 (the first is not counted), --rounds 1"
-            )
+            raise InputError("--iterations must be at least 2 (one is not counted), --rounds 1")
     except InputError as error:
-        parser.error(str(error))
+        sys.exit(f"benchmark.py: {error}")
     p3o_turns = []
-    trl_turns = {how: [] for how in HOW}
+    trl_turns = []
     with (
         tempfile.TemporaryDirectory() as name,
         contextlib.redirect_stderr(io.StringIO()),
@@ -280,10 +268,9 @@ def main(argv: list[str]) -> None:
         folder = Path(name)
         prompts = prepare(cfg, args.size, folder)
         for _ in range(args.rounds):
-            p3o_turns.append(time_p3o(cfg, folder / "alike", prompts))
-            for how, turns in trl_turns.items():
-                turns.append(time_trl(cfg, folder / how, prompts))
-        model, _ = load(folder / "alike")
+            p3o_turns.append(time_p3o(cfg, folder, prompts))
+            trl_turns.append(time_trl(cfg, folder, prompts))
+        model, _ = load(folder)
     report(cfg, model, p3o_turns, trl_turns)
 
 

@@ -381,6 +381,7 @@ def assert_same_run(a, b) -> None:
     assert all(map(torch.equal, samples, other_samples)), "the samples differ"
 
 
+@pytest.mark.problem_4
 def test_the_offset_is_one_number_a_prompt_and_far_larger_than_the_reward(tiny, reward, prompts):
     """The tests below rely on it."""
     torch.manual_seed(0)

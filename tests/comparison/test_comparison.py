@@ -478,6 +478,7 @@ def test_the_pictures_show_each_method_with_its_values():
     assert [axis.get_title("left") for axis in axes] == ["seed 0", "seed 1", "seed 2"]
     assert axes[2].get_legend_handles_labels()[1] == NAMES[:-1]
     assert lines_of(axes[2])["PPO"] == [[0.5, 1, 2], [4, 5, 5]]
+    assert compare.course(rows, "PPO")[:, -1, 2].tolist() == [3, 4, 5], "in the seeds' order"
     (axis,) = pictures.joint(rows).axes
     assert all(lines_of(axis)[name][0] == list(compare.SHARES) for name in compare.JOINT)
     assert len(axis.get_lines()[1].get_xdata()) == 3 * len(compare.SHARES), "a point per run"
@@ -685,9 +686,22 @@ def test_learning_both_at_once_does_not_win_when_preferences_are_scarce(form):
     assert abs(gaps[0.1].mean()) < 0.3
 
 
-def test_the_readme_has_the_table_and_pictures_that_exist():
+def test_the_readme_has_the_table_the_other_numbers_and_pictures_that_exist():
     readme = (pictures.HERE / "README.md").read_text()
     assert compare.summary(ROWS) in readme
+    prose = " ".join(readme.split())
+    lost = changed("staleness", "epochs", 16, 5)
+    for worse, better in (("PPO", "V2"), ("V1", "V2")):
+        assert f"by {compare.cell(minus(lost[better], lost[worse]), '.2f')}" in prose
+    costs = [compare.cell(changed("offset", "offset", sd, 6)["PPO"], ".2f")[1:] for sd in (1, 3)]
+    assert "costs PPO {} of score − β KL, one of 3 costs {}".format(*costs) in prose
+    rates = compare.part_of(ROWS, "offset").groupby(["method", "offset"]).win_rate.mean()
+    rates = rates.unstack()  # by method and offset
+    assert f"falls from {rates[0]['PPO']:.2f} to {rates[10]['PPO']:.2f}" in prose
+    assert (rates[10] - rates[0]).drop("PPO").abs().max() <= 0.01
+    wins = compare.head_to_head(ROWS, 2.0)
+    ties = [statistics.mean(wins[pair]) for pair in itertools.permutations(ONLINE, 2)]
+    assert f"between {min(ties):.2f} and {max(ties):.2f}" in prose
     shown = re.findall(r"!\[.*?\]\((.*?)\)", readme)
     assert len(shown) == 3
     assert all((pictures.HERE / name).exists() for name in shown)

@@ -127,7 +127,7 @@ def end_of(loss_fn, ref: Tensor, r: Tensor, beta: float, rate: float, rounds: in
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_all_but_grpo_end_in_the_optimum(name):
-    """π ∝ π_ref exp(r/β). GRPO maximizes how often its responses beat the policy's own."""
+    """π ∝ π_ref exp(r/β). GRPO maximises how often its responses beat the policy's own."""
     torch.manual_seed(3)
     ref = torch.randn(5, dtype=torch.float64).log_softmax(0)
     r = 2 * torch.randn(5, dtype=torch.float64)
