@@ -337,18 +337,41 @@ def test_files_of_messages_give_their_pairs(tmp_path):
     assert {pair.chosen for pair in train} == {" Yes"}
 
 
+@pytest.mark.parametrize(
+    ("train_name", "test_name"),
+    [("train", "test"), ("train_prefs", "test_prefs"), ("train", "validation")],
+)
 def test_a_directory_has_its_own_held_out_part_and_other_files_are_left_alone(
-    tmp_path, monkeypatch
+    train_name, test_name, tmp_path, monkeypatch, capsys
 ):
-    for name, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
+    for name, part in ((train_name, ROWS[:30]), (test_name, ROWS[30:])):
         plain = write_rows(tmp_path / "plain", part)
         (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     (tmp_path / "readme.py").write_text("not data")
+    (tmp_path / "README.md").write_text("---\nconfigs: no data set card\n---")
     train, heldout = load_pairs(str(tmp_path))
     assert train == [split_row(row) for row in ROWS[:30]]
     assert heldout == [split_row(row) for row in ROWS[30:]]
+    names = f"{train_name}.jsonl.gz and {test_name}.jsonl.gz"
+    assert capsys.readouterr().out == f"reading {names}\n"
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert load_pairs(f"~/{tmp_path.name}") == (train, heldout)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test.jsonl", "holds test; it needs one of train, "),
+        ("train.txt", "holds no data; it needs one of train, "),
+    ],
+)
+def test_a_directory_without_a_training_part_is_refused(name, message, tmp_path):
+    write_rows(tmp_path / name, ROWS)
+    with pytest.raises(InputError, match=message):
+        load_pairs(str(tmp_path))
+    if name == "train.txt":
+        with pytest.raises(InputError, match=r"train\.txt: the name must end in \.jsonl, "):
+            load_pairs(str(tmp_path / name))
 
 
 def test_a_single_file_holds_out_whole_prompts(tmp_path):
@@ -356,7 +379,8 @@ def test_a_single_file_holds_out_whole_prompts(tmp_path):
     rows = []
     for i in range(600):
         rows.append(hh(dialogue(f"Hi {i // 3}", f"A {i}"), dialogue(f"Hi {i // 3}", "B")))
-    train, heldout = load_pairs(str(write_rows(tmp_path / "rows.jsonl", rows)))
+    path = write_rows(tmp_path / "rows [1].JSONL", rows)  # a name, not a pattern
+    train, heldout = load_pairs(str(path))
     assert len(train) + len(heldout) == len({*train, *heldout}) == 600
     assert 30 <= len(heldout) <= 90
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in heldout}
@@ -377,8 +401,9 @@ def test_a_dataset_of_the_hub_is_shuffled_always_alike_and_a_file_keeps_its_orde
     held_out_of_it = load_pairs(str(tmp_path / "train.jsonl"))
     assert [sorted(part, key=pairs.index) == part for part in held_out_of_it] == [True, True]
 
-    plain = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda path: plain(str(tmp_path)))
+    splits = {"train_prefs": rows[:150], "test_prefs": rows[150:], "test_sft": rows[:5]}
+    splits = {name: datasets.Dataset.from_list(part) for name, part in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path: datasets.DatasetDict(splits))
     train, heldout = load_pairs("someone/pairs")
     assert sorted(train) == sorted(pairs[:150])
     assert sorted(heldout) == sorted(pairs[150:])

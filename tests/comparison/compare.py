@@ -42,6 +42,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer  # no
 
 import p3o  # noqa: E402
 from data import judge  # noqa: E402
+from data.preferences import load_pairs, tokenize  # noqa: E402
 
 ROWS = ROOT / "data" / "comparison.csv"
 PIPELINES = ROOT / "runs" / "pipelines"
@@ -215,10 +216,10 @@ def start_of(seed: int) -> tuple:
     out = pipeline(seed)
     tokenizer = AutoTokenizer.from_pretrained(out / "sft")
     cfg = p3o.Config(**p3o.SMALL)
-    train_pairs, heldout_pairs = p3o.load_pairs(cfg.data)
+    train_pairs, heldout_pairs = load_pairs(cfg.data)
     limits = cfg.prompt_tokens, cfg.response_tokens
-    examples = p3o.tokenize(train_pairs, tokenizer, *limits)
-    heldout = p3o.tokenize(heldout_pairs, tokenizer, *limits)[:EVALUATED]
+    examples = tokenize(train_pairs, tokenizer, *limits)
+    heldout = tokenize(heldout_pairs, tokenizer, *limits)[:EVALUATED]
     sft = p3o.load(out / "sft")
     reward_model = p3o.load(out / "reward", AutoModelForSequenceClassification)
     answers = answer_all(sft, sft, reward_model, tokenizer, heldout)

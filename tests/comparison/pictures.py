@@ -24,6 +24,7 @@ import compare
 
 import p3o
 from data import judge
+from data.preferences import load_pairs
 
 HERE = Path(__file__).resolve().parent
 SHOWN = 3  # prompts in the picture of a run
@@ -278,7 +279,7 @@ def run(folder: Path) -> Figure:
     title = f"P3O {verb} the gold reward from {before:.1f} to {after:.1f} nats, at a KL of {kl:.1f}"
     figure.suptitle(title, x=0.015, y=0.985, ha="left", fontsize=10)
 
-    _, heldout = p3o.load_pairs(str(p3o.SHIPPED_DATA))
+    _, heldout = load_pairs(str(p3o.SHIPPED_DATA))
     prompts = list(dict.fromkeys(pair.prompt for pair in heldout))[:50]
     pairs = zip(answers(folder / "sft", prompts), answers(folder / "p3o", prompts), strict=True)
     cases = zip(prompts, pairs, strict=True)

@@ -281,7 +281,7 @@ def models(tiny, tmp_path_factory) -> Iterator[Path]:
 def folder(models, tiny, monkeypatch) -> Path:
     small = p3o.SMALL | dict(response_tokens=8, pairs=16, minibatch=8)
     monkeypatch.setattr(p3o, "SMALL", small)
-    monkeypatch.setattr(p3o, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
+    monkeypatch.setattr(pictures, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
     monkeypatch.setattr(compare, "pipeline", lambda seed: models)
     monkeypatch.setattr(compare, "EVALUATED", 12)
     return models
@@ -496,7 +496,7 @@ def test_the_picture_of_a_run_shows_the_first_prompts_whose_answers_differ(folde
     figure = pictures.run(folder)
     assert list(figure.axes[1].get_lines()[0].get_ydata()) == pytest.approx([0, 0.2, 0.4])
     assert [bar.get_height() for bar in figure.axes[2].patches] == [1, 5]
-    prompts = list(dict.fromkeys(pair.prompt for pair in p3o.load_pairs()[1]))
+    prompts = list(dict.fromkeys(pair.prompt for pair in pictures.load_pairs()[1]))
     before, after = (pictures.answers(folder / name, prompts) for name in ("sft", "p3o"))
     differ = [i for i in range(len(prompts)) if before[i][0] != after[i][0]]
     assert len(differ) < len(prompts)

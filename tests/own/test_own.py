@@ -21,7 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import p3o
-from data.preferences import InputError, load_pairs, tokenize_prompt
+from data.preferences import InputError, load_pairs, tokenize
 
 # TRL and accelerate warn about their own and transformers' future
 trl_warns = pytest.mark.filterwarnings("ignore")
@@ -376,13 +376,13 @@ def test_prompts_are_the_ids_of_the_stages_before(run, tmp_path, monkeypatch):
     monkeypatch.setattr(p3o, "collate", collate)
     trainer = trainer_of(run, tmp_path, Watched, prompt_tokens=12, iterations=1)
     tokenizer = trainer.processing_class
+    pairs, _ = load_pairs(trainer.cfg.data)
+    expected = [example.prompt for example in tokenize(pairs, tokenizer, 12, 40)]
     eos = (tokenizer.eos_token, tokenizer.eos_token_id)
     adds = TemplateProcessing(single=f"{eos[0]} $A", special_tokens=[eos])
     tokenizer.backend_tokenizer.post_processor = adds
     assert tokenizer("a")["input_ids"][0] == tokenizer.eos_token_id
     trainer.train()
-    pairs, _ = load_pairs(trainer.cfg.data)
-    expected = [tokenize_prompt(pair.prompt, tokenizer, 12) for pair in pairs]
     for prompts in (sampled, scored):
         assert prompts and all(prompt in expected for prompt in prompts)
 
@@ -622,7 +622,8 @@ def test_both_sides_do_the_same_work_and_their_seconds_are_counted(monkeypatch, 
     monkeypatch.setattr(benchmark, "RLOOTrainer", Trainer)
     monkeypatch.setattr(p3o, "sample", watched_sample)
     monkeypatch.setattr(p3o, "gradient_step", gradient_step)
-    monkeypatch.setattr(p3o, "reward_scores", partial(takes, 0.25, p3o.reward_scores))
+    for name, seconds in (("reward_scores", 0.25), ("sequence_logprobs", 0.125)):
+        monkeypatch.setattr(p3o, name, partial(takes, seconds, getattr(p3o, name)))
     size = dict(prompt_tokens=16, response_tokens=4, minibatch=4, micro_batch=2)
     monkeypatch.setattr(benchmark, "SIZES", {"gpt2": benchmark.SIZES["gpt2"] | size})
     monkeypatch.setattr(benchmark, "VOCABULARY", 629)
@@ -651,8 +652,8 @@ def test_both_sides_do_the_same_work_and_their_seconds_are_counted(monkeypatch, 
 
     printed = capsys.readouterr().out
     seconds = re.findall(r"^\| .*? \| ([\d.]+) \|", printed, re.MULTILINE)
-    assert [float(figure) for figure in seconds] == [2, 1, 4, 7, 8]
-    assert printed.endswith(f"/ p3o.py, turn by turn: {8 / 7:.2f}\n")
+    assert [float(figure) for figure in seconds] == [2, 2, 6, 10, 8]
+    assert printed.endswith("/ p3o.py, turn by turn: 0.80\n")
 
 
 # ---- all of them -------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import p3o
-from data.preferences import InputError, load_pairs, tokenize, tokenize_prompt, try_hub
+from data.preferences import InputError, first_start, load_examples, try_hub
 
 
 def parse_run(run: Path, options: list[str]) -> p3o.Config:
@@ -96,8 +96,9 @@ class P3OTrainer(RLOOTrainer):
         self.encoder = AutoTokenizer.from_pretrained(run / "sft", padding_side="left")
         self.judge = AutoModelForSequenceClassification.from_pretrained(run / "reward")
         self.judge.to(config.device)
-        pairs, _ = load_pairs(cfg.data, self.encoder)
-        examples = tokenize(pairs, self.encoder, cfg.prompt_tokens, cfg.response_tokens)
+        limits = cfg.prompt_tokens, cfg.response_tokens
+        examples, _ = load_examples(cfg.data, self.encoder, *limits, first_start(str(run)))
+        self.ids = {example.text.prompt: example.prompt for example in examples}
         prompts = Dataset.from_list([{"prompt": example.text.prompt} for example in examples])
         super().__init__(
             str(run / "sft"), self.score, config, prompts, processing_class=self.encoder, **options
@@ -113,7 +114,8 @@ class P3OTrainer(RLOOTrainer):
                 model.register_forward_pre_hook(count_positions, with_kwargs=True)
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
-        return [tokenize_prompt(text, self.encoder, self.cfg.prompt_tokens) for text in prompts]
+        """Return the ids that p3o.py trained on: TRL would add or lose special tokens."""
+        return [self.ids[text] for text in prompts]
 
     @torch.no_grad()
     def score(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
