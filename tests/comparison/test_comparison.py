@@ -281,7 +281,8 @@ def models(tiny, tmp_path_factory) -> Iterator[Path]:
 def folder(models, tiny, monkeypatch) -> Path:
     small = p3o.SMALL | dict(response_tokens=8, pairs=16, minibatch=8)
     monkeypatch.setattr(p3o, "SMALL", small)
-    monkeypatch.setattr(pictures, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
+    for module in (compare, pictures):
+        monkeypatch.setattr(module, "load_pairs", lambda *_: (tiny[4][:80], tiny[4][80:120]))
     monkeypatch.setattr(compare, "pipeline", lambda seed: models)
     monkeypatch.setattr(compare, "EVALUATED", 12)
     return models
