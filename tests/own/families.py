@@ -1,6 +1,6 @@
 """Check which model families p3o.py handles: build a tiny random model of each, and try it.
 
-    python tests/own/families.py            # all of FAMILIES: a minute on a CPU
+    python tests/own/families.py            # all of them: some minutes on a CPU
     python tests/own/families.py gpt2 phi3  # these only
 
 A family must be refused before training, in one line, or pass two checks to 1e-4.
