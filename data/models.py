@@ -44,7 +44,7 @@ def check_model(model: PreTrainedModel, tokens: int) -> None:
     except Exception as error:  # each family fails in its own way
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name} cannot sample with padding and a cache ({reason})") from None
-    if not torch.allclose(ours, own, atol=1e-4):
+    if not torch.allclose(ours, own, atol=1e-4 * own.abs().max().item()):  # fp32 rounds
         raise ValueError(f"{name} scales or caps its logits, or samples otherwise; use TRL for it")
 
 
