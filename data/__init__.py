@@ -1,1 +1,1 @@
-"""Preference data: made (`generate`), judged (`judge`) and read from anywhere (`preferences`)."""
+"""Preference data: made (`generate`), judged (`judge`), read (`preferences`); models checked (`models`)."""
