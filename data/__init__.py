@@ -1,1 +1,1 @@
-"""Preference data: made (`generate`), judged (`judge`), read (`preferences`); models checked (`models`)."""
+"""Preference data: made (`generate`), judged (`judge`), read (`preferences`); `models` checks."""
