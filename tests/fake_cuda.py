@@ -44,14 +44,9 @@ CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")
 aten = torch.ops.aten
 group_by_cpp = torch._C._group_tensors_by_device_and_dtype
-INDEXING = (
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-)  # (tensor, indices, ...)
+INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 # beside the element-wise operators, these take a 0-dim CPU tensor for a number
-TAKES_NUMBER = (*INDEXING, aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor)
+TAKES_NUMBER = (*INDEXING, aten.fill_, aten.masked_fill, aten.masked_fill_)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -96,8 +91,9 @@ class Kernels(TorchDispatchMode):
 
     def check(self, func: Any, args: tuple, operands: list[Tensor]) -> None:
         """Raise unless each operand is on the GPU, or is one that CUDA accepts from the CPU."""
-        indices = tensors_in(args[1]) if func in INDEXING else []
-        takes_number = torch.Tag.pointwise in func.tags or func in TAKES_NUMBER
+        name = func.overloadpacket
+        indices = tensors_in(args[1]) if name in INDEXING else []
+        takes_number = torch.Tag.pointwise in func.tags or name in TAKES_NUMBER
         for number, operand in enumerate(operands):
             written = number == 0 and func._schema.is_mutable
             accepted = takes_number and operand.dim() == 0 and not written
@@ -108,7 +104,9 @@ class Kernels(TorchDispatchMode):
 
     def waits(self, func: Any, args: tuple) -> int:
         """Return how often an operator on the GPU waits: to read a value, or to copy an index."""
-        if func in INDEXING:  # what a mask chooses is counted on the GPU, and the number is read
+        if (
+            func.overloadpacket in INDEXING
+        ):  # what a mask chooses is counted on the GPU, and the number is read
             indices = tensors_in(args[1])
             return sum(not on_gpu(index) or index.dtype == torch.bool for index in indices)
         reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -30,7 +30,8 @@ def all_on_the_gpu(name: str):
     plain = getattr(p3o, name)
 
     def checked(*args, **options):
-        assert all(map(on_gpu, tensors_of(*args))), f"{name} is given a CPU tensor or model"
+        given = tensors_of(*args, *options.values())
+        assert all(map(on_gpu, given)), f"{name} is given a CPU tensor or model"
         result = plain(*args, **options)
         assert all(map(on_gpu, tensors_in(result))), f"{name} returns a CPU tensor"
         return result
@@ -56,7 +57,8 @@ def test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed(quick, gpu, out, mo
 
     monkeypatch.setattr(p3o, "save_checkpoint", stop_at_the_second)
     assert status(quick) == 1
-    assert capsys.readouterr().err.endswith("interrupted; the same command resumes\n")
+    said = capsys.readouterr().err
+    assert said.endswith("interrupted; the same command resumes\n"), said
     assert status(quick) == 0, capsys.readouterr().err
     assert len((out / "p3o.jsonl").read_text().splitlines()) == 3
 
