@@ -146,7 +146,7 @@ class Calls(TorchFunctionMode):
             return device_of(args[0])
         if asked is Tensor.is_cuda:
             return gpu
-        if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
+        if func in (Tensor.to, Tensor.type_as, Tensor.cpu, Tensor.cuda):
             return self.move(func, *args, **kwargs)
         if func is Tensor.__deepcopy__:
             return mark(func(*args), gpu)
@@ -169,9 +169,9 @@ class Calls(TorchFunctionMode):
         return out if device is None else mark(out, to_gpu)
 
     def move(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """.to(), .cpu() and .cuda(): a copy if the device changes."""
+        """.to() and the like: a copy if the device changes."""
         copy = kwargs.pop("copy", False)
-        if func is not Tensor.to:
+        if func in (Tensor.cpu, Tensor.cuda):
             args = (GPU if func is Tensor.cuda else CPU,)
         elif args and isinstance(args[0], Tensor):  # .to(other)
             args = (device_of(args[0]), args[0].dtype)
