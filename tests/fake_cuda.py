@@ -75,11 +75,12 @@ class Kernels(TorchDispatchMode):
         super().__init__()
         self.file = file
         self.syncs = Counter()  # by line number of the file
+        self.calls_are_on_gpu = False  # where operators without operands make their result
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         operands = tensors_in((args, kwargs))
-        gpu = any(on_gpu(operand) for operand in operands)
+        gpu = any(map(on_gpu, operands)) if operands else self.calls_are_on_gpu
         if func is aten.copy_.default:  # between any devices
             gpu = on_gpu(args[0])
             self.count(gpu != on_gpu(args[1]))
@@ -140,7 +141,7 @@ class Calls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        gpu = any(on_gpu(tensor) for tensor in tensors_in(args))
+        gpu = any(map(on_gpu, tensors_in(args)))
         asked = getattr(func, "__self__", None)  # of which property this is the getter
         if asked is Tensor.device:
             return device_of(args[0])
@@ -162,7 +163,9 @@ class Calls(TorchFunctionMode):
             raise RuntimeError(f"a CPU generator cannot draw on a GPU, at {self.kernels.where()}")
         if to_gpu:
             kwargs["device"] = CPU
+        self.kernels.calls_are_on_gpu = to_gpu or (gpu and device is None)
         out = func(*args, **kwargs)
+        self.kernels.calls_are_on_gpu = False
         if to_gpu and func in (torch.tensor, torch.as_tensor, Tensor.new_tensor):  # from CPU data
             out = out.clone() if out is args[0] else out
             self.kernels.count(out.numel() > 0)

@@ -169,6 +169,7 @@ def test_the_fake_gpu_raises_where_cuda_does(work, gpu):
         "made there": lambda row: torch.zeros(2, device=row.device),
         "made there from data": lambda row: torch.as_tensor(CPU_ROW, device=GPU),
         "like another": lambda row: row.new_tensor([1.0]) + CPU_ROW.to(row).to(torch.float64),
+        "padded rows": lambda row: torch.nn.utils.rnn.pad_sequence([row, row[1:]]),
         "a view": lambda row: row.view(1, 3)[:, 1:].T,
         "a copy of a model": lambda row: copy.deepcopy(torch.nn.Linear(2, 2).to(GPU)).weight,
     }.items(),
@@ -184,6 +185,7 @@ def test_the_fake_gpu_allows_what_cuda_allows(work, gpu):
     "syncs, work",
     [
         (0, lambda row: (row + 1).masked_scatter(row > 1, row).softmax(-1).argmax()),
+        (0, lambda row: torch.nn.utils.rnn.pad_sequence([row, row[1:]]) + row[0]),
         (0, lambda row: torch.arange(3, device=GPU) + torch.tensor(1)),
         (1, lambda row: row.sum().item()),
         (1, lambda row: bool(row.sum() > 1)),
