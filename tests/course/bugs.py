@@ -422,6 +422,64 @@ p3o.py
 +    tokenizer.save_pretrained(folder)
 """)
 
+# on the wrong device: only a GPU shows these, or a fake one
+BUGS += bugs(r"""
+p3o.py
+# collate leaves ids and mask on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-return ids.to(model.device), response_mask.to(model.device)
++return ids, response_mask
+# collate leaves the mask on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-return ids.to(model.device), response_mask.to(model.device)
++return ids.to(model.device), response_mask
+# prompts to sample from stay on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-).to(model.device)  # (N, P)
++)  # (N, P)
+# sample's slots made on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-slots = torch.arange(length, device=model.device)
++slots = torch.arange(length)
+# sample's padding counted on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-for row in rows], device=model.device)  # (N, 1)
++for row in rows])  # (N, 1)
+# log-probs scattered into CPU zeros
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-picked.new_zeros(is_target.shape)
++torch.zeros(is_target.shape)
+# reward_scores copies an index to the GPU each time
+  test_a_step_waits_for_the_gpu_no_more_often
+-row = torch.arange(len(last), device=ids.device)
++row = torch.arange(len(last))
+# V1's signs made on the CPU
+  test_each_form_of_the_loss_is_on_the_gpu
+-torch.stack([q, -q], dim=-1)
++q[:, None] * torch.tensor([1.0, -1.0])
+# latest log-probs kept on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-new_logprobs = old_logprobs.clone()
++new_logprobs = torch.zeros(old_logprobs.shape)
+# a metric read as numpy
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-values.double().mean().item()
++values.double().mean().numpy().item()
+# a finished stage's model stays on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-dtype=torch.float32, **options).to(DEVICE)
++dtype=torch.float32, **options)
+# SFT trains on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-return model.to(DEVICE), tokenizer
++return model, tokenizer
+# a resumed optimizer keeps its state on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-    optimizer.load_state_dict(moments)
++    weights = optimizer.param_groups[0]["params"]
++    optimizer.state.update(zip(weights, moments["state"].values(), strict=True))
+""")
+
 DATA_BUGS = bugs(r"""
 data/preferences.py
 # long prompts lose part of a turn first
