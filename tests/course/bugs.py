@@ -439,8 +439,8 @@ p3o.py
 +)  # (N, P)
 # sample's slots made on the CPU
   test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
--slots = torch.arange(length, device=model.device)
-+slots = torch.arange(length)
+-slots = torch.arange(longest + step, device=model.device)
++slots = torch.arange(longest + step)
 # sample's padding counted on the CPU
   test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
 -for row in rows], device=model.device)  # (N, 1)
