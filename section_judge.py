@@ -12,7 +12,8 @@
 # $$\nabla W=\mathbb E\big[P(y_1\succ y_2)\,g_1\big]=\mathbb E\big[\Delta r\,g_1\big]=\mathbb E\big[\tfrac12\,\Delta r\,(g_1-g_2)\big].$$
 #
 # First, $\mu$ does not move. Second, the constant ½ is a baseline (section 5). Third, swapping the names $y_1$ and $y_2$
-# flips the sign of $\Delta r$; take the mean of both forms. $\square$
+# flips the sign of $\Delta r$; take the mean of both forms. $\square$ With the weights $\rho_1\rho_2$ and without clipping, the
+# same holds for pairs of an older policy.
 #
 # **In code**, `score` returns $P-\tfrac12$ for $y_1$ and 0 for $y_2$. A sure win is worth ½, and β is the win rate that a
 # nat of KL must buy. Scores of $2P-1$ and 0 are the same method with everything doubled: β = 0.1 there is β = 0.05 here.
@@ -25,9 +26,9 @@
 #
 # This looks like the optimum of section 7, but $w$ depends on $\pi$. By section 7, no policy has a higher win rate against
 # $\pi$, minus β KL, than $\pi$ itself. That makes it an *equilibrium* of a game between two players who both pay for KL.
-# Nash-MD (Munos et al. 2023), SPPO (Wu et al. 2024) and online IPO (Calandriello et al. 2024) look for the same kind of point.
+# Nash-MD (Munos et al. 2023), SPPO (Wu et al. 2024) and online IPO (Calandriello et al. 2024) play games of this kind, too.
 #
-# The next cell checks both claims for a random intransitive judge of five answers.
+# The next two cells check both claims, for a random intransitive judge of five answers.
 
 # %%
 def judged_step(P, theta, ref, beta, sampler=None, clip="none"):
@@ -66,8 +67,8 @@ w = P_five @ arrived  # (Y,): each answer's win rate against the policy
 error = (arrived - (ref_five + w / 0.3).softmax(0)).abs().max()
 print(f"after 1,000 steps, π is proportional to π_ref exp(w/β) up to {error:.0e}\n")
 assert error < 2e-15
-columns = zip(("y₁", "y₂", "y₃", "y₄", "y₅"), ref_five.exp().tolist(), w.tolist(), arrived.tolist())
-table(["answer", "π_ref", "w", "π"], columns)
+columns = torch.stack([ref_five.exp(), w, arrived], 1).tolist()
+table(["π_ref", "w", "π"], columns)
 
 # %% [markdown]
 # ### Rock, paper, scissors
@@ -92,11 +93,10 @@ even = torch.full((3,), 1 / 3).double().log()  # π_ref, and the equilibrium
 
 def walk(strength, theta, steps, rate=4.0):
     "The policies that P3O's steps lead through, (steps, 3)."
-    path = []
-    for _ in range(steps):
-        path.append(theta.softmax(0))
-        theta = theta + rate * judged_step(P_rps, theta, even, strength)
-    return torch.stack(path)
+    path = [theta]
+    for _ in range(steps - 1):
+        path.append(path[-1] + rate * judged_step(P_rps, path[-1], even, strength))
+    return torch.stack(path).softmax(1)
 
 
 def counter(shares):
@@ -178,9 +178,7 @@ def gold_judge(golds, openers):
 # %%
 def learn(score, **options):
     "Stage 3 from SFT: the policy, metrics, the openers of its samples (iterations, 64)."
-    policy = copy.deepcopy(sft)
-    metrics = []
-    used = []
+    policy, metrics, used = copy.deepcopy(sft), [], []
 
     def watched(ids, mask):
         used.append(look(ids, mask)[1])
@@ -199,13 +197,13 @@ def golds_of(policy):
     return look(*p3o.sample(policy, heldout_prompts[:256], 2, cfg.response_tokens))[0]
 
 
-judged, judged_metrics, _ = learn(ask(gold_judge))
+judged, metrics, _ = learn(ask(gold_judge))
 sft_golds = golds_of(sft)
 judged_golds = golds_of(judged)
-ahead = judged_golds[:, 0] - sft_golds[:, 0]  # (256,)
-won = ((ahead.sign() + 1) / 2).mean().item()  # a tie counts ½
+ahead = (judged_golds - sft_golds)[:, 0].sign()  # (256,)
+won = ((ahead + 1) / 2).mean().item()  # a tie counts ½
 print(f"gold reward {sft_golds.mean():.2f} → {judged_golds.mean():.2f};", end=" ")
-print(f"better than SFT's answer: {won:.0%}; KL {judged_metrics[-1]['objective/kl']:.1f} nats")
+print(f"beats SFT on {won:.0%}; KL {metrics[-1]['objective/kl']:.1f} nats")
 assert judged_golds.mean() > sft_golds.mean() + 2.5 and won > 0.8
 
 # %% [markdown]
@@ -233,16 +231,17 @@ for axis, strength, verb in zip(axes, (0.05, 0.2), ("take turns", "stay close"),
     circled[strength] = shares_of(openers)  # (50, 3)
     for kind, look_of in enumerate(((BLUE, "-"), (ORANGE, "--"), (RED, ":"))):
         looks = dict(zip(("color", "linestyle"), look_of, strict=True), linewidth=2)
-        axis.plot(circled[strength][:, kind], **looks, label=judge.KIND_OPENERS[kind])
+        smooth = circled[strength][:, kind].unfold(0, 5, 1).mean(-1)  # of five iterations each
+        axis.plot(range(2, 48), smooth, **looks, label=judge.KIND_OPENERS[kind])
     axis.set_xlabel("iteration")
     axis.set_title(f"β = {strength}: the openers {verb}", loc="left")
     gained = golds_of(policy).mean()
     print(f"β = {strength}: gold reward {gained:.2f}, KL {metrics[-1]['objective/kl']:.1f} nats")
-axes[0].set_ylabel("share of the samples")
+axes[0].set_ylabel("share, mean of five iterations")
 fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 plt.show()
-assert (circled[0.05].max(0).values > 0.55).all(), "each was the favourite once"
-assert circled[0.2].max() < 0.55
+assert circled[0.05].argmax(1).unique().numel() == 3, "each was the favourite once"
+assert circled[0.2].max() < 0.6 < circled[0.05].max()
 
 # %% [markdown]
 # At the low β each favourite is overtaken by the opener that beats it, as in rock, paper, scissors. At the higher β the
@@ -252,13 +251,13 @@ assert circled[0.2].max() < 0.55
 #
 # A reward model gives each answer a number $r$. Its odds are differences, and around a circle they cancel:
 # $(r_A-r_B)+(r_B-r_C)+(r_C-r_A)=0$. The judge's add up to nine nats. So any reward is wrong on at least one of the three
-# comparisons. Here a Bradley–Terry model learns from the data's 12,000 pairs, with labels drawn from the circular judge.
-# Its odds are averages over held-out answers in which only the opener is exchanged.
+# comparisons. Here a Bradley–Terry model learns from 8,000 pairs of the data, with labels drawn from the circular judge. Its
+# odds are averages over held-out answers in which only the opener is exchanged.
 
 # %%
 torch.manual_seed(0)
 relabelled = []
-for example, (x, chosen, rejected, _) in zip(examples, train_pairs, strict=True):
+for example, (x, chosen, rejected, _) in zip(examples[:8000], train_pairs[:8000], strict=True):
     golds = torch.tensor([[gold(x, chosen), gold(x, rejected)]])  # (1, 2)
     openers = torch.tensor([[opener_of(chosen), opener_of(rejected)]])
     if torch.rand(1) > circular_judge(golds, openers):
@@ -271,13 +270,12 @@ one_pass = p3o.Config(**p3o.SMALL | dict(epochs=1))
 p3o.train_reward(bt_model, relabelled, one_pass, recorder([]))
 
 lines = []
-for own, other in zip(
-    judge.KIND_OPENERS, judge.KIND_OPENERS[1:] + judge.KIND_OPENERS, strict=False
-):
+kinds = judge.KIND_OPENERS
+for own, other in zip(kinds, [kinds[1], kinds[2], kinds[0]], strict=True):
     exchanged = []
     for pair in heldout_pairs:
         if opener_of(pair.chosen) < 3:
-            rest = pair.chosen.split(judge.KIND_OPENERS[opener_of(pair.chosen)])[1]
+            rest = pair.chosen.split(kinds[opener_of(pair.chosen)])[1]
             exchanged.append(pair._replace(chosen=f" {own}{rest}", rejected=f" {other}{rest}"))
     swapped = tokenize(exchanged, tokenizer, cfg.prompt_tokens, cfg.response_tokens)
     with torch.no_grad():
@@ -285,7 +283,7 @@ for own, other in zip(
     lines.append([f"{own} over {other}", 3.0, (scores[:, 0] - scores[:, 1]).mean().item()])
 total = sum(line[2] for line in lines)
 table(["odds in nats", "judge", "reward model"], [*lines, ["sum", 9.0, total]])
-assert abs(total) < 1e-5 and min(line[2] for line in lines) <= 0
+assert abs(total) < 1e-5 and max(abs(line[2]) for line in lines) < 1
 
 # %%
 p3o.set_gain(bt_model, sft, prompts[: p3o.GAIN_PROMPTS], cfg)
@@ -298,8 +296,8 @@ for name, shares in (
     ("reward model, last five iterations", shares_of(openers[-5:].flatten())),
 ):
     lines.append([name, *shares.tolist(), counter(shares)])
-head = ["shares of the openers", *judge.KIND_OPENERS, "best counter wins"]
-table(head, lines)
+table(["shares of the openers", *judge.KIND_OPENERS, "best counter wins"], lines)
+assert lines[1][-1] < lines[0][-1] and lines[2][-1] < 0.65
 
 often = torch.ones(3, 3).double()  # how often each pair was labelled, in a table of three answers
 often[[0, 1], [1, 0]] = 9.0  # the first two nine times as often
@@ -309,16 +307,21 @@ for _ in range(500):
     fit = (often * P_rps * F.logsigmoid(r_three[:, None] - r_three)).sum()
     r_three = (r_three + 0.1 * torch.autograd.grad(fit, r_three)[0]).detach()
 shares = (even + r_three / 0.1).softmax(0)  # the optimum of section 7
-print(f"\nuneven labels: odds {(r_three - r_three.roll(-1)).tolist()},", end=" ")
-print(f"shares {shares.tolist()}, best counter wins {counter(shares):.3f}")
+print()
+odds_of_r = (r_three - r_three.roll(-1)).tolist()  # 1 over 2, 2 over 3, 3 over 1
+lines = [["r, odds over the next", *odds_of_r], ["policy", *shares.tolist()]]
+table(["uneven labels", "1", "2", "3"], lines)
+print(f"best counter wins {counter(shares):.2f}")
 assert counter(shares) > 0.9
 
 # %% [markdown]
-# The reward model says that openers hardly matter, because each wins as often as it loses. It is off by nearly three nats on
-# all three comparisons. What the policy says then is an accident of the labels. They were even here, so the accident is small.
-# Below the table, the first two openers were compared nine times as often as the others. Now the reward has a clear
-# favourite, and the policy gives nothing else. The third opener beats it at odds of three nats. P3O with a judge does not
-# depend on such counts, because it compares the policy's own pairs.
+# Each opener wins as often as it loses. So the reward model sees hardly any difference, and is off by more than two nats on
+# all three comparisons. The small odds that are left over are an accident of the labels, and the policy follows them.
+#
+# The second table shows what such accidents can do. In three answers without a language model, the first two were labelled
+# nine times as often as the other pairs. Now the reward has a clear favourite, and the policy gives nothing else. The third
+# answer beats it at odds of three nats. P3O with a judge does not depend on such counts, because it asks about the policy's own
+# pairs. Its last policy at the low β is easy to beat as well. The average over the run is harder to beat, and so is β = 0.2.
 #
 # **Think.** PPO could draw a second answer, ask the judge, and take $P(y_1\succ y_2)-\tfrac12$ as the reward of $y_1$. Would
 # that work?
@@ -387,29 +390,27 @@ def biased_twice(golds, openers):
     return 0.5 * (biased(golds, openers) + 1 - biased(golds.flip(1), openers))
 
 
-runs_of = {"no bias": (gold_judge, judged_golds, judged_metrics)}
-for name, says in (("2 nats, asked once", biased), ("2 nats, asked twice", biased_twice)):
-    policy, metrics, _ = learn(ask(says))
-    runs_of[name] = (says, golds_of(policy), metrics)
 against_sft = torch.stack([judged_golds[:, 0], sft_golds[:, 0]], 1)  # (256, 2): the policy first
 lines = []
-for name, (says, golds, metrics) in runs_of.items():
-    norm = statistics.mean(row["policy/grad_norm"] for row in metrics)
+for name, says, golds in (
+    ("no bias", gold_judge, judged_golds),
+    ("2 nats, asked once", biased, golds_of(learn(ask(biased))[0])),
+    ("2 nats, asked twice", biased_twice, golds_of(learn(ask(biased_twice))[0])),
+):
     verdicts = [says(pair, None).mean().item() for pair in (against_sft, sft_golds)]
-    lines.append([name, golds.mean().item(), norm, *verdicts])
-trained_by = ["judge", "gold reward after training", "gradient norm"]
-table([*trained_by, "its verdict: policy, then SFT", "SFT, then SFT"], lines)
-plain, once, both = lines
+    lines.append([name, golds.mean().item(), *verdicts])
+head = ["judge", "gold reward after training", "its verdict: policy, then SFT", "SFT, then SFT"]
+table(head, lines)
+_, once, both = lines
 assert min(once[1], both[1]) > sft_golds.mean() + 2, "each learns"
-assert once[2] > 1.2 * both[2], "asking once: noisier gradients"
-assert once[4] > 0.65 and abs(both[4] - 0.5) < 0.05, "the same policy on both sides"
+assert once[3] > 0.65 and abs(both[3] - 0.5) < 0.05, "the same policy on both sides"
 
 # %% [markdown]
-# Training hardly notices whether the judge is asked once or twice: the gradients are noisier, the policies about equally good. (One
-# run each; do not read more into the difference.) **The evaluation does notice.** There the policy's answer always comes first. Asked
-# once, the judge says that SFT's answers win clearly against SFT's answers. Asked twice, it says one half. So ask twice
-# whenever the two sides are not drawn alike: in a win rate, or in a pair with one answer from another model. In P3O it only
-# buys lower variance, at twice the price; twice as many pairs may buy more.
+# Training hardly notices whether the judge is asked once or twice: the policies are about equally good. (One run each; do not
+# read more into the differences.) **The evaluation does notice.** There the policy's answer always comes first. Asked once,
+# the judge even says that SFT's answers win clearly against SFT's answers. Asked twice, it says one half. So ask twice
+# whenever the two sides are not drawn alike: in a win rate, or in pairs with one answer of another model. In P3O it only
+# lowers the variance, at twice the price.
 #
 # **Think.** Many judges return a verdict, not a probability: 1 with probability $P(y_1\succ y_2)$, else 0. May `score` return
 # the verdict minus ½?
