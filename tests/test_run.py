@@ -126,6 +126,29 @@ def test_the_readmes_loss_takes_the_place_of_p3o_loss(stopped, out, monkeypatch)
     }
 
 
+def test_the_readmes_judge_takes_the_place_of_the_reward_model(stopped, out, monkeypatch):
+    """Stage 3 gets P − ½ and 0 from a judge that likes responses of 12 tokens."""
+    monkeypatch.setattr(p3o, "train_policy", p3o.train_policy)  # so that it comes back afterwards
+    with monkeypatch.context() as patch:
+        patch.setattr(p3o, "main", nothing)
+        names = {}
+        exec(readme_code("def concise("), names)
+    mask = torch.tensor([[[True, False], [True, True]]])  # (1, 2, 2): lengths 1 and 2
+    expected = torch.tensor([[1 / (1 + math.exp(1)) - 0.5, 0.0]])
+    assert torch.allclose(names["concise"](mask.long(), mask), expected)
+    seen = []
+    plain = p3o.p3o_loss
+
+    def watched(logprobs, old_logprobs, ref_logprobs, scores, **options):
+        seen.append(scores)
+        return plain(logprobs, old_logprobs, ref_logprobs, scores, **options)
+
+    monkeypatch.setattr(p3o, "p3o_loss", watched)
+    assert status(stopped) == 0
+    scores = torch.cat(seen)
+    assert (scores[:, 1] == 0).all() and (scores[:, 0].abs() <= 0.5).all()
+
+
 def test_every_metric_and_every_figure_is_explained(run, tiny):
     explained = set(re.findall(r"`([^`\n]+)`", (TESTS / "README.md").read_text()))
     for stage in p3o.STAGES:
