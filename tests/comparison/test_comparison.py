@@ -2,7 +2,7 @@
 
 Ties, the offset and stale samples at one rate were found on seeds 0 to 2 and checked on seeds 3 to
 5. The other findings come from seeds 0 to 2 and were checked on seeds 6 and 7. README.md says the
-same in words, and so do the notebook's sections 11 and 12.
+same in words, and so does the notebook in section 11.
 """
 
 import copy
