@@ -32,14 +32,16 @@ from grading import (
     grade,
     names_of,
     print_report,
+    requirements,
     results_json,
     write_gradescope,
     write_table,
 )
 from hunt import diagnoses, hunt, hunt_answers, hunt_results
-from problems import PROBLEMS
+from problems import POINTS, PROBLEMS
 from running import CORES, Job, files_with, run_tests, tests_of
 from source import (
+    NUMBERS,
     PAGES,
     ROOT,
     SOURCE,
@@ -73,29 +75,121 @@ def without_asserts(code: str) -> str:
     return "".join(lines)
 
 
+LEFT_OUT = """*The runs of this section are left out here, because their code would give problem 8
+away. The project's own notebook has them: read it when you have handed in.*"""
+
+
+def gives_away(cell: dict) -> bool:
+    """Return whether a cell shows lines of the solution, or runs code that students do not get."""
+    text = "".join(cell["source"])
+    if "inspect.getsource(p3o" in text or "**7 to 9" in text:
+        return True  # these exercises replace lines of the solution
+    if cell["cell_type"] == "code":
+        return bool(re.search(r"\b(compare|pictures|relatives)\b\.", text))
+    return False
+
+
+def without_links(text: str, folder: Path) -> str:
+    """Return a page on which links to files that are not in the folder are plain text."""
+
+    def plain(match: re.Match) -> str:
+        target = match[2].split("#")[0]
+        near = "://" in target or not target or (folder / target).exists()
+        return match[0] if near else match[1]
+
+    return re.sub(r"\[([^\]\n]*)\]\(([^)\s]*)\)", plain, text)
+
+
 def without_answers(notebook: dict) -> tuple[dict, str]:
-    """Return a notebook without its answers and outputs, and a page with the answers."""
+    """Return a notebook without its answers and outputs, and a page with the answers.
+
+    Where the code of a section's pictures goes, the text about them goes, too: only the section's
+    head and its questions stay.
+    """
     page = "# Answers to the notebook\n"
-    cells = []
+    sections = []  # lists of cells; each begins with a heading
     for cell in notebook["cells"]:
-        text = "".join(cell["source"])
-        folded = re.findall(r"<details><summary>.*?</summary>\n(.*?)</details>", text, re.DOTALL)
-        asked, *_ = text.split("<details>")
-        if folded:
-            question = asked[max(0, asked.find("**Think.**")) :].replace("**", "").strip()
-            page += f"\n## {question or 'Exercises'}\n\n{folded[0].strip()}\n"
-        if "inspect.getsource(p3o" in text or "**7 to 9" in text:
-            continue  # these exercises replace lines of the solution
-        if re.search(r"\b(compare|pictures|relatives)\b\.", text) and cell["cell_type"] == "code":
-            continue  # the relatives' loops give problem 8's away
-        if folded and not asked.strip():
-            continue
-        cell = cell | {"source": asked.rstrip()}
-        if cell["cell_type"] == "code":
-            code = without_asserts(asked).rstrip()
-            cell |= {"source": code, "outputs": [], "execution_count": None}
-        cells.append(cell)
+        if "".join(cell["source"]).startswith("#") and cell["cell_type"] == "markdown":
+            sections.append([])
+        sections[-1].append(cell)
+    cells = []
+    for section in sections:
+        pictures = any(gives_away(cell) and cell["cell_type"] == "code" for cell in section)
+        exercises = "xercises" in "".join(section[0]["source"]).split("\n")[0]
+        for cell in section:
+            text = "".join(cell["source"])
+            folded = re.findall(
+                r"<details><summary>(.*?)</summary>\n(.*?)</details>", text, re.DOTALL
+            )
+            asked = re.split("<details>", text)[0]
+            thought = asked[max(0, asked.find("**Think.**")) :].replace("**", "").strip()
+            for title, answer in folded:
+                page += f"\n## {thought or title}\n\n{answer.strip()}\n"
+            if gives_away(cell) or (folded and not asked.strip()):
+                continue
+            if cell["cell_type"] == "code":
+                if pictures and not exercises:
+                    continue  # it may use what is left out
+                code = without_asserts(asked).rstrip()
+                cell = cell | {"source": code, "outputs": [], "execution_count": None}
+            else:
+                if pictures and not exercises:
+                    if cell is section[0]:
+                        heading = asked.strip().split("\n")[0]
+                        asked = f"{heading}\n\n{LEFT_OUT}"
+                    elif "**Think.**" in asked:
+                        asked = asked[asked.find("**Think.**") :]
+                    else:
+                        continue
+                cell = cell | {"source": asked.rstrip()}
+            cells.append(cell)
     return notebook | {"cells": cells}, page
+
+
+WORKFLOW_HEAD = """\
+# GitHub Classroom: one step for each problem. Each tests the whole file, so a problem that uses an
+# unsolved one fails, too
+name: Autograding Tests
+on: [push, workflow_dispatch]
+permissions:
+  checks: write
+  actions: read
+  contents: read
+jobs:
+  run-autograding-tests:
+    runs-on: ubuntu-latest
+    if: github.actor != 'github-classroom[bot]'
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: "3.11"
+      - run: pip install -q {torch} --index-url https://download.pytorch.org/whl/cpu
+      - run: pip install -q -r tests/requirements.txt
+"""
+WORKFLOW_STEP = """\
+      - id: problem{number}
+        uses: classroom-resources/autograding-command-grader@v1
+        with:
+          test-name: {number} {name}
+          command: python -m pytest -q tests -m problem_{number}
+          timeout: 5
+          max-score: {points}
+"""
+
+
+def workflow() -> str:
+    """Return the workflow file that GitHub Classroom runs on each push."""
+    (torch,) = [line for line in requirements() if line.startswith("torch==")]
+    text = WORKFLOW_HEAD.format(torch=torch)
+    for name, number in NUMBERS.items():
+        text += WORKFLOW_STEP.format(number=number, name=name, points=POINTS[name])
+    text += "      - uses: classroom-resources/autograding-grading-reporter@v1\n        env:\n"
+    for number in NUMBERS.values():
+        result = f"${{{{ steps.problem{number}.outputs.result }}}}"
+        text += f"          PROBLEM{number}_RESULTS: {result}\n"
+    steps = ",".join(f"problem{number}" for number in NUMBERS.values())
+    return f"{text}        with:\n          runners: {steps}\n"
 
 
 def handout(folder: Path) -> None:
@@ -103,21 +197,30 @@ def handout(folder: Path) -> None:
     notebook, answers = without_answers(json.loads((ROOT / "tutorial.ipynb").read_text()))
     student = folder / "student"
     (student / "tests").mkdir(parents=True)
+    (student / ".github" / "workflows").mkdir(parents=True)
+    (student / ".github" / "workflows" / "classroom.yml").write_text(workflow())
     (student / "p3o.py").write_text(starter())
-    (student / "tutorial.ipynb").write_text(json.dumps(notebook, ensure_ascii=False, indent=1))
     (student / "README.md").write_text((PAGES / "student.md").read_text() + diagnoses())
     ignored = shutil.ignore_patterns("__pycache__", "comparison.csv")
     shutil.copytree(ROOT / "data", student / "data", ignore=ignored)
-    for file in ("conftest.py", "toys.py", "problems.py", "requirements.txt"):
+    for file in ("conftest.py", "toys.py", "problems.py"):
         shutil.copy(TESTS / file, student / "tests")
+    (student / "tests" / "requirements.txt").write_text("\n".join(requirements()) + "\n")
     for file in files_with(r"mark\.problem_"):
         shutil.copy(file, student / "tests")
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = without_links(cell["source"], student)
+    (student / "tutorial.ipynb").write_text(json.dumps(notebook, ensure_ascii=False, indent=1))
+    for page in student.rglob("*.md"):
+        page.write_text(without_links(page.read_text(), page.parent))
     instructor = folder / "instructor"
     instructor.mkdir()
     (instructor / "p3o.py").write_text(SOURCE)
     (instructor / "answers.md").write_text(answers)
     (instructor / "hunt.md").write_text(hunt_answers())
-    shutil.copy(PAGES / "README.md", instructor)
+    for name in ("README.md", "openers.py", "Dockerfile"):
+        shutil.copy(PAGES / name, instructor)
 
 
 # ---- Checks of the kit ---------------------------------------------------------------------

@@ -25,7 +25,7 @@ from source import PAGES, ROOT, SOURCE, TESTS, functions
 # of healthy runs and of sick ones
 RUN = (
     ("win_rate", 0.8, 1.0, 4),
-    ("kl_policy", 0.5, 8.0, 3),
+    ("kl_policy", 1.0, 8.0, 3),
     ("finished_policy", 0.95, 1.0, 3),
 )
 RUN_SECONDS = 900  # of processor time; p3o.py itself takes about 80
