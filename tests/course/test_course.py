@@ -16,8 +16,11 @@ from pathlib import Path
 import course
 import grading
 import hunt
+import openers
 import pytest
 import source
+import torch
+import yaml
 from bugs import BUGS, DATA_BUGS
 from conftest import ROOT, TESTS
 from grading import names_of
@@ -168,6 +171,76 @@ def test_the_hand_out_checks_itself(handed_out):
     printed = subprocess.run(command, cwd=student, capture_output=True, text=True).stdout
     assert "NotImplementedError: problem 4: reward_scores" in printed
     assert printed.count("\nPASSED ") >= 3
+
+
+def test_the_hand_out_needs_only_what_it_runs_and_links_only_to_what_it_holds(handed_out):
+    student = handed_out / "student"
+    needed = (student / "tests" / "requirements.txt").read_text()
+    assert not re.search("trl|peft|accelerate|ruff|xdist", needed)
+    assert {"torch", "transformers", "pytest"} <= {line.split("==")[0] for line in needed.split()}
+    notebook = json.loads((student / "tutorial.ipynb").read_text())
+    pages = {file: file.read_text() for file in student.rglob("*.md")}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    pages[student / "tutorial.ipynb"] = "\n".join(cell["source"] for cell in cells)
+    for file, text in pages.items():
+        for target in re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", text):
+            there = "://" in target or (file.parent / target).exists()
+            assert there, f"{file.name} links to {target}"
+
+
+def test_where_the_code_of_a_picture_goes_its_text_goes_too():
+    folded = "<details><summary>A</summary>\nSo.</details>"
+    cells = [
+        ("markdown", "## 1. A\n\nfine"),
+        ("code", "x = 1"),
+        ("markdown", "## 2. B\n\nSee the picture."),
+        ("code", "pictures.frontier(rows)"),
+        ("code", "x = rows"),
+        (
+            "markdown",
+            "As you see.\n\n**Think.** Why?\n\n<details><summary>A</summary>\nSo.</details>",
+        ),
+    ]
+    cells = [dict(cell_type=kind, source=text) for kind, text in cells]
+    notebook, answers = course.without_answers({"cells": cells})
+    left = [cell["source"] for cell in notebook["cells"]]
+    assert left[:2] == ["## 1. A\n\nfine", "x = 1"]
+    assert left[2:] == [f"## 2. B\n\n{course.LEFT_OUT}", "**Think.** Why?"]
+    assert "Why?\n\nSo." in answers
+
+
+def test_github_classroom_has_a_step_for_each_problem(handed_out):
+    file = handed_out / "student" / ".github" / "workflows" / "classroom.yml"
+    job = yaml.safe_load(file.read_text())["jobs"]["run-autograding-tests"]
+    graders = [step for step in job["steps"] if "command-grader" in step.get("uses", "")]
+    assert [step["with"]["max-score"] for step in graders] == list(POINTS.values())
+    for number, step in enumerate(graders, 1):
+        assert step["with"]["command"] == f"python -m pytest -q tests -m problem_{number}"
+    reporter = job["steps"][-1]
+    ids = [step["id"] for step in graders]
+    assert reporter["with"]["runners"].split(",") == ids
+    for name in ids:
+        result = f"${{{{ steps.{name}.outputs.result }}}}"
+        assert reporter["env"][f"{name.upper()}_RESULTS"] == result
+
+
+def test_both_pages_have_the_hours_and_points_of_each_problem():
+    student = (TESTS / "course" / "student.md").read_text()
+    for page in (PAGE, student):
+        assert "8 to 12" in page and "4 to 5" in page
+        rows = re.findall(r"^\| \d \| `(\w+)` \|.*\| ([½1-9]+) \| (\d+) \|$", page, re.MULTILINE)
+        assert {name: int(points) for name, _, points in rows} == POINTS
+
+
+def test_the_equilibrium_of_the_open_problem_is_one():
+    """It is the reference times exp(w/β), w the win rate against itself."""
+    reference = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    shares = openers.equilibrium(reference, 0.1)
+    again = (reference.log() + openers.P @ shares / 0.1).softmax(0)
+    assert torch.allclose(shares, again, atol=1e-4)
+    assert torch.allclose(openers.P + openers.P.T, torch.ones(4, 4))
+    texts = [*openers.judge.KIND_OPENERS, "Bake it."]
+    assert [openers.opening_of(f" {text}") for text in texts] == [0, 1, 2, 3]
 
 
 # ---- The bug hunt --------------------------------------------------------------------------
@@ -326,6 +399,36 @@ def test_half_of_the_points_are_for_all_tests_and_half_for_their_share():
     assert points(["a", "b"], {"b": "error in its end"}) == 5
     assert points([], {"a": "wrong"}) == 0
     assert sum(POINTS.values()) == 80
+
+
+RUN = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[-1])
+out.mkdir()
+(out / "summary.json").write_text(json.dumps({}))
+"""
+HEALTHY = dict(win_rate=0.9, kl_policy=2.5, finished_policy=1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "points", "says"),
+    [
+        (RUN.format(HEALTHY), 10, ""),
+        (RUN.format(HEALTHY | dict(win_rate=0.3)), 6, "win_rate 0.3, not 0.8 to 1"),
+        (RUN.format(HEALTHY | dict(kl_policy=300)), 7, "kl_policy 300, not 1 to 8"),
+        (RUN.format({}), 0, "finished_policy None"),
+        ("raise ValueError('no')", 0, "did not end: ValueError: no"),
+        ("", 0, "did not end"),
+        ("import os\nos.kill(os.getpid(), 24)", None, "run again"),
+    ],
+    ids=["healthy", "loses", "far", "no figures", "error", "empty", "stopped"],
+)
+def test_a_run_earns_points_for_each_figure_in_its_range(tmp_path, text, points, says):
+    file = tmp_path / "p3o.py"
+    file.write_text(text)
+    found = grading.grade_run(file)
+    assert found.points == points and found.out_of == 10
+    assert says in found.message
 
 
 # ---- Gradescope ----------------------------------------------------------------------------
