@@ -196,10 +196,7 @@ def test_where_the_code_of_a_picture_goes_its_text_goes_too():
         ("markdown", "## 2. B\n\nSee the picture."),
         ("code", "pictures.frontier(rows)"),
         ("code", "x = rows"),
-        (
-            "markdown",
-            "As you see.\n\n**Think.** Why?\n\n<details><summary>A</summary>\nSo.</details>",
-        ),
+        ("markdown", f"As you see.\n\n**Think.** Why?\n\n{folded}"),
     ]
     cells = [dict(cell_type=kind, source=text) for kind, text in cells]
     notebook, answers = course.without_answers({"cells": cells})
