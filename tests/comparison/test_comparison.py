@@ -2,7 +2,7 @@
 
 Ties, the offset and stale samples at one rate were found on seeds 0 to 2 and checked on seeds 3 to
 5. The other findings come from seeds 0 to 2 and were checked on seeds 6 and 7. README.md says the
-same in words, and so do the notebook's sections 11 and 12.
+same in words, and so does the notebook in section 11.
 """
 
 import copy
@@ -26,6 +26,7 @@ import pytest
 import relatives
 import torch
 from compare import ONLINE
+from fake_cuda import fake_cuda, on_gpu
 
 import p3o
 from data import judge
@@ -225,6 +226,8 @@ def test_the_offset_depends_on_the_prompt_alone_and_has_the_given_spread():
     assert torch.equal(offsets[:, 0], offsets[:, 1])
     assert offsets[:, 0].std() == pytest.approx(3.0, rel=0.05)
     assert abs(offsets.mean()) < 0.2
+    with fake_cuda(p3o):
+        assert on_gpu(compare.offset_of(ids.to("cuda"), inside.to("cuda"), 3.0))
 
 
 def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatch):
