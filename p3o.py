@@ -5,7 +5,9 @@
 """RLHF with Pairwise Proximal Policy Optimization (P3O, arXiv 2310.00212), in one file.
 
     python p3o.py --small   # a tiny GPT-2 on the data in data/: a minute on a laptop, offline
-    python p3o.py           # GPT-2 (124M) on Anthropic HH, on one GPU
+    python p3o.py           # GPT-2 (124M) on Anthropic HH, on a GPU
+
+It runs on the first CUDA GPU, or on the CPU if there is none.
 
 Read it from top to bottom. x is a prompt. y is a whole response: it ends with an end-of-sequence
 token (EOS) unless it was truncated. π(y|x) is the probability that a language model, the policy,
@@ -98,7 +100,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -106,7 +107,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from data import judge
-from data.models import check_model, check_weights
+from data.models import check_model, check_weights, fit_tokens
 from data.preferences import (
     ASSISTANT,
     SHIPPED_DATA,
@@ -120,6 +121,7 @@ from data.preferences import (
 
 GAIN_PROMPTS = 128  # with as many r_1 − r_2, the gain's standard error is about 6 %
 CHECKPOINT_EVERY = 20  # iterations of stage 3
+AT_ONCE = 8  # micro-batches at once where no gradient is needed: together less memory than one
 ROUNDING = 1e-3  # nats by which two computations of the same log π(y|x) may differ
 STAGES = ("sft", "reward", "p3o")
 LogStep = Callable[[int, dict[str, float]], None]  # is given a step and its metrics
@@ -186,7 +188,7 @@ SMALL = dict(
     minibatch=32,
     inner_epochs=2,
     p3o_lr=2e-3,
-    micro_batch=32,
+    micro_batch=16,
     eval_prompts=512,
 )
 
@@ -235,7 +237,7 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 output_loading_info=True,
             )
             check_weights(model, loading)
-        fit_tokens(model.eval(), tokenizer, cfg)
+        fit_tokens(model.eval(), tokenizer, cfg.response_tokens)
         check_model(model, cfg.prompt_tokens + cfg.response_tokens)
     except Exception as error:  # of many kinds: no network, a broken file, a missing package
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -243,29 +245,6 @@ def load_base(cfg: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             reason = f"a weights file is cut or a Git LFS pointer ({reason}); fetch it again"
         raise InputError(f"--model {cfg.model}: {reason} (--small needs no hub)") from None
     return model.to(DEVICE), tokenizer
-
-
-def fit_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cfg: Config) -> None:
-    """Give the model its tokenizer's EOS and padding, two tokens, and each token an embedding."""
-    if tokenizer.eos_token is None:
-        raise ValueError("its tokenizer has no EOS token; set tokenizer.eos_token and save it")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        # NOTE with pad = EOS, transformers' own forward() of the saved reward model would read
-        # the score one token early
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    # so that generate() on a saved model samples as `sample` does, without filters or penalties
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,  # said, or pipeline() would take 0.7
-        top_k=0,
-        max_new_tokens=cfg.response_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 @torch.no_grad()
@@ -291,10 +270,12 @@ def sample(
     ).to(model.device)  # (N, P) at first, later the last token drawn: (N, 1)
     longest = input_ids.shape[1]  # P
     n_pad = torch.tensor([[longest - len(row)] for row in rows], device=model.device)  # (N, 1)
-    unfinished = torch.arange(len(rows), device=model.device)  # (N,): N shrinks as rows finish
+    # drawn on the CPU and at once: neither the device nor a split into parts changes a draw
+    points = torch.rand(len(rows), max_tokens, dtype=torch.float64).to(model.device)
+    unfinished = list(range(len(rows)))  # N of them, which shrinks as rows finish
     cache = None
-    for length in range(longest, longest + max_tokens):
-        slots = torch.arange(length, device=model.device)  # (length,)
+    for step in range(max_tokens):
+        slots = torch.arange(longest + step, device=model.device)  # (length,)
         # NOTE position 0 is the first token of the prompt, padded or not, as in training
         position_ids = (slots - n_pad).clamp(min=0)  # (N, length)
         out = model.base_model(
@@ -311,23 +292,42 @@ def sample(
         # inverse of the cumulative distribution: on a CPU ten times as fast as multinomial, and
         # in float64, so that summing up loses no small probability
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
-        point = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (N, 1)
-        drawn = torch.searchsorted(cdf, point, right=True)  # (N, 1)
-        # rounding could point past the vocabulary; NaN does, and stops at the next gradient step
-        input_ids = drawn.clamp(max=cdf.shape[1] - 1)
-        for row, token in zip(unfinished.tolist(), input_ids.flatten().tolist(), strict=True):
+        point = points[:, step, None] * cdf[:, -1:]  # (N, 1)
+        input_ids = torch.searchsorted(cdf, point, right=True)  # (N, 1)
+        drawn = input_ids.flatten().tolist()  # the only wait for a GPU in a step
+        if max(drawn) == cdf.shape[1]:  # past the vocabulary, where NaN points
+            raise FloatingPointError("logits are not finite; resume with a lower learning rate")
+        for row, token in zip(unfinished, drawn, strict=True):
             responses[row].append(token)
         # finished rows leave the batch, so that no more passes are spent on them
-        going_on = (input_ids != model.config.eos_token_id).nonzero()[:, 0]  # (N',)
-        if len(going_on) == 0:
+        going_on = [i for i, token in enumerate(drawn) if token != model.config.eos_token_id]
+        if not going_on:
             break
         if len(going_on) < len(unfinished):
-            cache.reorder_cache(going_on)  # keeps these rows only
-            input_ids = input_ids[going_on]
-            n_pad = n_pad[going_on]
-            unfinished = unfinished[going_on]
+            unfinished = [unfinished[i] for i in going_on]
+            kept = torch.tensor(going_on, device=model.device)  # (N',)
+            cache.reorder_cache(kept)  # keeps these rows only
+            input_ids = input_ids[kept]
+            n_pad = n_pad[kept]
+            points = points[kept]
     ids, response_mask = collate(rows, responses, model)  # (B·n, T)
     return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
+
+
+def sample_by_parts(
+    model: PreTrainedModel, prompts: list[list[int]], n: int, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """Return what `sample` returns, (B, n, T); only some of the rows are in memory at a time."""
+    rows = []
+    masks = []
+    for part in parts(prompts, AT_ONCE * cfg.micro_batch):
+        ids, response_mask = sample(model, part, n, cfg.response_tokens)  # (b, n, T')
+        rows += ids.flatten(0, 1)  # b·n rows (T',), T' is the part's longest
+        masks += response_mask.flatten(0, 1)
+    ids = pad_sequence(rows, True, model.config.pad_token_id)  # (B·n, T)
+    response_mask = pad_sequence(masks, True)  # (B·n, T), False on padding
+    shape = len(prompts), n, -1
+    return ids.view(shape), response_mask.view(shape)
 
 
 def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
@@ -337,8 +337,8 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     belongs to token t+1, which is predicted after token t. No attention mask is needed: padding
     is on the right, where a causal model never looks, and positions count from 0.
 
-    - `model.base_model` is called with ids of shape (N, T) and nothing else. Columns after the
-      last response token may be cut off.
+    - `model.base_model` is called with ids of shape (N, T), with or without use_cache=False, and
+      nothing else. Columns after the last response token may be cut off.
     - Only hidden states that predict a response token are used, and only they pass through
       `model.get_output_embeddings()`. The others may hold anything, even NaN (NaN · 0 is NaN, so
       select, do not multiply).
@@ -347,7 +347,8 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     is_target = response_mask[..., 1:]  # (…, T−1): column t: is token t+1 a response token?
     # argmax returns the first maximum of the cumsum, so the last True of each row
     end = is_target.cumsum(-1).argmax(-1).max() + 1  # nothing after it is computed
-    hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
+    out = model.base_model(ids.flatten(0, -2)[:, :end], use_cache=False)
+    hidden = out.last_hidden_state  # (N, end, D)
     used = hidden[is_target.flatten(0, -2)[:, :end]]  # (R, D), R response tokens in all
     logits = model.get_output_embeddings()(used).float()  # (R, V)
     targets = ids[..., 1:][is_target]  # (R,)
@@ -369,7 +370,8 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     """
     last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)  # (N,): the last True
     end = last.max() + 1
-    hidden = model.base_model(ids.flatten(0, -2)[:, :end]).last_hidden_state  # (N, end, D)
+    out = model.base_model(ids.flatten(0, -2)[:, :end], use_cache=False)
+    hidden = out.last_hidden_state  # (N, end, D)
     row = torch.arange(len(last), device=ids.device)  # (N,)
     return model.score(hidden[row, last]).float().view(ids.shape[:-1])
 
@@ -471,6 +473,10 @@ def p3o_loss(
 
 
 # ---- What the stages share -----------------------------------------------------------------
+def parts(rows: list, size: int) -> list[list]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def shuffled(rows: list, size: int, steps: int) -> list[list]:
     """Return `steps` batches of `size` rows: pass after pass over all, each in a new order."""
     passes = math.ceil(steps * size / len(rows))
@@ -520,17 +526,19 @@ def train_sft(policy: PreTrainedModel, examples: list[Example], cfg: Config, log
     losses = []
     bar = tqdm(batches, "1 SFT   ")
     for step, batch in enumerate(bar):
-        # prompts of similar length share a micro-batch, computed up to its longest row only
-        batch.sort(key=lambda example: len(example.prompt))
+        # rows of similar length share a micro-batch, computed up to its longest row only
+        batch.sort(key=lambda example: len(example.prompt + example.chosen))
         prompts = [example.prompt for example in batch]
         chosen = [example.chosen for example in batch]
         ids, response_mask = collate(prompts, chosen, policy)  # (B, T)
         total = 0.0
-        for part in torch.arange(len(batch)).split(cfg.micro_batch):
-            logprobs = response_logprobs(policy, ids[part], response_mask[part])  # (b, T−1)
+        size = cfg.micro_batch
+        for part in zip(ids.split(size), response_mask.split(size), strict=True):  # (b, T) each
+            logprobs = response_logprobs(policy, *part)  # (b, T−1)
             loss = -logprobs.sum() / response_mask.sum()  # this part's share of the mean
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
+        total = total.item()
         norm = gradient_step(policy, optimizer, learning_rate(cfg.sft_lr, step, steps))
         log(step, {"sft/loss": total, "sft/grad_norm": norm})
         losses.append(total)
@@ -552,17 +560,18 @@ def train_reward(
     accuracies = []
     bar = tqdm(batches, "2 reward")
     for step, batch in enumerate(bar):
-        batch.sort(key=lambda example: len(example.prompt))  # as in stage 1
+        batch.sort(key=lambda one: len(one.prompt) + max(len(one.chosen), len(one.rejected)))
         total = 0.0
-        accuracy = 0.0
-        for i in range(0, len(batch), cfg.micro_batch):
-            part = batch[i : i + cfg.micro_batch]
+        correct = 0
+        for part in parts(batch, cfg.micro_batch):
             chosen_scores, rejected_scores = score_pairs(model, part).unbind(-1)  # (b,), (b,)
             loss = bradley_terry_loss(chosen_scores, rejected_scores)
             loss = loss * len(part) / len(batch)  # this part's share of the mean
             loss.backward()
-            total += loss.item()
-            accuracy += (chosen_scores > rejected_scores).sum().item() / len(batch)
+            total += loss.detach()
+            correct += (chosen_scores > rejected_scores).sum()
+        total = total.item()
+        accuracy = correct.item() / len(batch)
         if step == 0:
             self_check("reward loss starts at ln 2", abs(total - math.log(2)) < 1e-6)
         norm = gradient_step(model, optimizer, learning_rate(cfg.reward_lr, step, steps))
@@ -586,8 +595,8 @@ def set_gain(
       finite.
     """
     differences = []
-    for i in tqdm(range(0, len(prompts), cfg.minibatch), "  gain   ", leave=False):
-        batch = prompts[i : i + cfg.minibatch]
+    batches = parts(prompts, AT_ONCE * cfg.micro_batch)
+    for batch in tqdm(batches, "  gain   ", leave=False):
         ids, response_mask = sample(policy, batch, 2, cfg.response_tokens)  # (b, 2, T)
         scores = reward_scores(model, ids, response_mask)  # (b, 2)
         # NOTE absolute scores would make the gain, and so each update, depend on δ(x)
@@ -647,21 +656,21 @@ def train_policy(
 
         # 1. two responses to each prompt, (B, 2, T); from here on, a pair is one row
         batches[iteration].sort(key=len)  # as in stage 1
-        ids, response_mask = sample(policy, batches[iteration], 2, cfg.response_tokens)
+        ids, response_mask = sample_by_parts(policy, batches[iteration], 2, cfg)
 
         # 2. what stays fixed during the inner epochs, (B, 2) each. old_logprobs is not kept from
         #    sampling, which rounds differently, so that the ratio starts at 1
         size = cfg.micro_batch
-        parts = list(zip(ids.split(size), response_mask.split(size), strict=True))  # (b, 2, T)
+        pairs = list(zip(ids.split(size), response_mask.split(size), strict=True))  # (b, 2, T)
         with torch.no_grad():
-            scores = torch.cat([score(*part) for part in parts])
-            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in parts])
-            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in parts])
+            scores = torch.cat([score(*part) for part in pairs])
+            old_logprobs = torch.cat([sequence_logprobs(policy, *part) for part in pairs])
+            ref_logprobs = torch.cat([sequence_logprobs(reference, *part) for part in pairs])
 
         # 3. updates, each on one minibatch of pairs
         minibatches = []
         for _ in range(cfg.inner_epochs):
-            minibatches += torch.randperm(cfg.pairs).split(cfg.minibatch)
+            minibatches += torch.randperm(cfg.pairs).to(ids.device).split(cfg.minibatch)
         new_logprobs = old_logprobs.clone()  # (B, 2), the latest, for the check below
         sums = defaultdict(float)  # of each metric, every pair of every update counted once
         for minibatch in minibatches:
@@ -727,8 +736,8 @@ def evaluate(
     """
     figures = defaultdict(list)
     gold_is_known = Path(cfg.data).resolve() == SHIPPED_DATA
-    for i in tqdm(range(0, len(examples), cfg.minibatch), "  pairs  ", leave=False):
-        batch = examples[i : i + cfg.minibatch]
+    size = AT_ONCE * cfg.micro_batch
+    for batch in tqdm(parts(examples, size), "  pairs  ", leave=False):
         chosen_scores, rejected_scores = score_pairs(reward_model, batch).unbind(-1)  # (b,), (b,)
         for example, as_labelled in zip(
             batch, (chosen_scores > rejected_scores).tolist(), strict=True
@@ -741,9 +750,8 @@ def evaluate(
                     figures["reward_gold_agreement"].append(as_labelled == (gap > 0))
 
     answers = defaultdict(list)
-    examples = examples[: cfg.eval_prompts]
-    for i in tqdm(range(0, len(examples), cfg.minibatch), "  answers", leave=False):
-        batch = examples[i : i + cfg.minibatch]
+    batches = parts(examples[: cfg.eval_prompts], size)
+    for batch in tqdm(batches, "  answers", leave=False):
         prompts = [example.prompt for example in batch]
         for name, model in (("sft", sft), ("policy", policy)):
             ids, response_mask = sample(model, prompts, 1, cfg.response_tokens)  # (b, 1, T)
@@ -809,7 +817,8 @@ def run(cfg: Config) -> None:
         cfg.data, tokenizer, cfg.prompt_tokens, cfg.response_tokens, started
     )
     prompts = [example.prompt for example in examples]
-    fit_tokens(policy, tokenizer, cfg)  # a chat template may end turns with another EOS
+    # a chat template may end turns with another EOS
+    fit_tokens(policy, tokenizer, cfg.response_tokens)
     with open_out(cfg, policy, [*examples, *heldout], started) as out:
         print(f"{len(examples)} training and {len(heldout)} held-out pairs, on {DEVICE}, in {out}")
 
@@ -949,28 +958,28 @@ def save_checkpoint(
     path: Path, iteration: int, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:
     """Save everything that stage 3 needs to resume as if it had not been stopped."""
-    generators = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    state = policy.state_dict(), optimizer.state_dict(), torch.get_rng_state()
     with appears_whole(path) as file:
-        torch.save((iteration, policy.state_dict(), optimizer.state_dict(), *generators), file)
+        torch.save((iteration, *state), file)
 
 
 def load_checkpoint(path: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:
     """Restore that state; return the iteration to resume at. Raises InputError."""
     try:
-        iteration, weights, moments, cpu, gpus = torch.load(path, map_location="cpu")
+        iteration, weights, moments, generator = torch.load(path, map_location="cpu")
     except Exception:  # of many kinds, by where the file breaks off
         raise InputError(f"{path} is broken; delete it to restart stage 3") from None
     policy.load_state_dict(weights)
     optimizer.load_state_dict(moments)
-    torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(gpus)
+    torch.set_rng_state(generator)  # nothing is drawn on a GPU
     return iteration
 
 
 # ---- Command line --------------------------------------------------------------------------
 def parse_config(argv: list[str]) -> Config:
     """Return the default settings, or those of --small, changed by the other options."""
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    what = f"{__doc__.splitlines()[0]} It runs on the first CUDA GPU, else on the CPU."
+    parser = HfArgumentParser(Config, description=what, allow_abbrev=False)
     options = parser.parse_args(argv)
     if options.small:
         parser.set_defaults(**SMALL)

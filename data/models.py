@@ -1,4 +1,4 @@
-"""What a model must be able to do for p3o.py, asked before anything is trained.
+"""What a model must have and be able to do for p3o.py, seen to before anything is trained.
 
 Nothing here is about RLHF. Each function raises ValueError with a reason that fits one line.
 """
@@ -7,7 +7,12 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def check_weights(model: PreTrainedModel, loading: dict[str, Any]) -> None:
@@ -24,6 +29,31 @@ def check_weights(model: PreTrainedModel, loading: dict[str, Any]) -> None:
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"its weight {name} holds NaN or infinite values")
+
+
+def fit_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, response_tokens: int
+) -> None:
+    """Give the model its tokenizer's EOS and padding, two tokens, and each token an embedding."""
+    if tokenizer.eos_token is None:
+        raise ValueError("its tokenizer has no EOS token; set tokenizer.eos_token and save it")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        # NOTE with pad = EOS, transformers' own forward() of the saved reward model would read
+        # the score one token early
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # so that generate() on a saved model samples as `sample` does, without filters or penalties
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,  # said, or pipeline() would take 0.7
+        top_k=0,
+        max_new_tokens=response_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: more threads only wait for each other
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests make their tensors on the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # tests make CPU tensors; Windows would drop an ""
 
 import pytest
 from problems import PROBLEMS

@@ -366,12 +366,33 @@ def test_a_data_pair_and_a_sample_with_the_same_text_are_the_same_input(toy):
     assert not mask[..., width:].any(), "only padding may follow the longest row"
 
 
-def test_not_a_number_is_no_token_outside_the_vocabulary(toy):
-    """The update after it then stops the run with a clear message."""
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_sampling_by_parts_changes_no_draw(toy, monkeypatch, micro_batch):
+    """So that --micro-batch saves memory in sampling, too, and changes no update."""
+    at_once = []
+    sample = p3o.sample
+
+    def watched(model, prompts, *rest):
+        at_once.append(len(prompts))
+        return sample(model, prompts, *rest)
+
+    torch.manual_seed(0)
+    ids, mask = p3o.sample(toy, TOY_PROMPTS * 20, 2, LONGEST)
+    monkeypatch.setattr(p3o, "sample", watched)
+    torch.manual_seed(0)
+    cfg = p3o.Config(response_tokens=LONGEST, micro_batch=micro_batch)
+    by_parts = p3o.sample_by_parts(toy, TOY_PROMPTS * 20, 2, cfg)
+    assert torch.equal(by_parts[0], ids)
+    assert torch.equal(by_parts[1], mask)
+    assert max(at_once) == 8 * micro_batch and sum(at_once) == 20 * len(TOY_PROMPTS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_stop_the_sampling(toy, value):
     model = copy.deepcopy(toy)
-    torch.nn.init.constant_(model.transformer.ln_f.bias, math.nan)
-    ids, _ = p3o.sample(model, TOY_PROMPTS, 2, LONGEST)
-    assert ids.min() >= 0 and ids.max() < 5
+    torch.nn.init.constant_(model.transformer.ln_f.bias, value)
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        p3o.sample(model, TOY_PROMPTS, 2, LONGEST)
 
 
 # ---- EOS -----------------------------------------------------------------------------------

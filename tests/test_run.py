@@ -306,12 +306,13 @@ def wins_by_hand(ours: list[float], theirs: list[float]) -> list[float]:
     return wins
 
 
-def test_evaluation_by_hand(tiny, fresh):
+def test_evaluation_by_hand(tiny, fresh, monkeypatch):
     """A policy that ends at once against one that rambles: each figure from what was said."""
     base, reward_model, tokenizer, _, pairs = tiny
     sft = likes(fresh(base), tokenizer.encode(".")[0], 10)
     policy = likes(fresh(base), tokenizer.eos_token_id, 30)
-    cfg = small(eval_prompts=24, minibatch=7)  # 7 divides neither 24 nor 61
+    cfg = small(eval_prompts=24, micro_batch=1)
+    monkeypatch.setattr(p3o, "AT_ONCE", 7)  # divides neither 24 nor 61
     examples = tokenize(pairs[:61], tokenizer, cfg)
     torch.manual_seed(0)
     figures, answers = p3o.evaluate(cfg, sft, reward_model, policy, tokenizer, examples)
@@ -421,7 +422,8 @@ def test_without_a_gold_judge_the_win_rate_is_by_the_reward_models_own_scores(
     for name in ("sft", "policy"):
         for answer, score in zip(answers[name], figures[f"score_{name}"], strict=True):
             found = tokenizer.encode(answer).count(liked)
-            assert score >= found, "the scores belong to other answers"
+            # text encoded anew may hold a token more or less
+            assert abs(score - found) <= 1, "the scores belong to other answers"
     assert not GOLD & figures.keys()
     wins = wins_by_hand(figures["score_policy"], figures["score_sft"])
     assert figures["win_rate"] == wins

@@ -30,7 +30,8 @@ def model_of(tiny, fresh):
 def test_every_stage_sees_each_row_once_a_pass_in_a_new_order(tiny, model_of, monkeypatch, stage):
     examples = []
     for i, example in enumerate(encode(tiny, 24)):
-        examples.append(example._replace(prompt=[i]))  # each prompt its own number
+        # each prompt its own number, and all rows of one length: those of a batch are sorted by it
+        examples.append(example._replace(prompt=[i], chosen=[30, 31], rejected=[32, 33]))
     cfg = small(batch=7, epochs=2, iterations=7, pairs=7, minibatch=7, response_tokens=2)
     seen = []
     name = "sample" if stage == "policy" else "collate"

@@ -116,8 +116,8 @@ def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> 
 
     It depends only on the prompt, through a hash of its tokens.
     """
-    table = torch.randn(9973, generator=torch.Generator().manual_seed(1))
-    weights = torch.arange(1, ids.shape[-1] + 1) ** 2  # (T,)
+    table = torch.randn(9973, generator=torch.Generator().manual_seed(1)).to(ids.device)
+    weights = torch.arange(1, ids.shape[-1] + 1, device=ids.device) ** 2  # (T,)
     before = response_mask.cumsum(-1) == 0  # (…, T)
     return spread * table[(ids * before * weights).sum(-1) % len(table)]
 

@@ -26,6 +26,7 @@ import pytest
 import relatives
 import torch
 from compare import ONLINE
+from fake_cuda import fake_cuda, on_gpu
 
 import p3o
 from data import judge
@@ -225,6 +226,8 @@ def test_the_offset_depends_on_the_prompt_alone_and_has_the_given_spread():
     assert torch.equal(offsets[:, 0], offsets[:, 1])
     assert offsets[:, 0].std() == pytest.approx(3.0, rel=0.05)
     assert abs(offsets.mean()) < 0.2
+    with fake_cuda(p3o):
+        assert on_gpu(compare.offset_of(ids.to("cuda"), inside.to("cuda"), 3.0))
 
 
 def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatch):

@@ -79,21 +79,23 @@ p3o.py
 +responses[row] += [token] * (token != model.config.eos_token_id)
 # everything after EOS counts as response
   test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos
--(input_ids != model.config.eos_token_id).nonzero()
-+torch.ones_like(input_ids).nonzero()
+-[i for i, token in enumerate(drawn) if token != model.config.eos_token_id]
++list(range(len(drawn)))
 # after a response has ended, tokens go to the wrong rows
   test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_first_eos
--unfinished = unfinished[going_on]
+-unfinished = [unfinished[i] for i in going_on]
 +unfinished = unfinished[: len(going_on)]
 # both responses of a pair from the same random numbers
   test_the_two_responses_of_a_pair_are_independent
--torch.rand_like(cdf[:, :1])
-+torch.rand(len(prompts), 1, device=model.device)[unfinished // n]
+-torch.rand(len(rows), max_tokens, dtype=torch.float64).to(model.device)
++torch.rand(len(prompts), max_tokens).repeat_interleave(n, 0).double().to(model.device)
 # log-probs read at the token itself
   test_a_response_tokens_log_prob_is_read_one_position_earlier
--[:, :end]).last_hidden_state  # (N, end, D)
+-[:, :end], use_cache=False)
+-    hidden = out.last_hidden_state  # (N, end, D)
 -    used
-+[:, : end + 1]).last_hidden_state[:, 1:]
++[:, : end + 1], use_cache=False)
++    hidden = out.last_hidden_state[:, 1:]
 +    used
 # softmax in the model's precision
   test_log_probs_are_computed_in_float32_even_in_a_bfloat16_model
@@ -288,7 +290,7 @@ p3o.py
 -    optimizer.load_state_dict(moments)
 # a checkpoint whose random generator is not restored
   test_stopped_after_a_checkpoint_the_stage_ends_in_the_same_weights
--    torch.set_rng_state(cpu)
+-    torch.set_rng_state(generator)  # nothing is drawn on a GPU
 # a killed run's metrics stay and appear twice
   test_a_step_done_again_replaces_its_metrics_and_those_after_it
 -            del lines[step:]
@@ -369,8 +371,8 @@ p3o.py
 +"kl": logprobs - sequence_logprobs(policy, ids, response_mask)
 # the prompts answered are not those shown
   test_the_prompts_that_are_answered_are_those_that_are_judged_and_shown
--examples = examples[: cfg.eval_prompts]
-+examples = examples[-cfg.eval_prompts :]
+-examples[: cfg.eval_prompts]
++examples[-cfg.eval_prompts :]
 # stage 3 trains on held-out prompts
   test_training_sees_no_held_out_pair_and_the_evaluation_nothing_else
 -score, p3o_loss, prompts, cfg, log
@@ -387,10 +389,6 @@ p3o.py
   test_the_fresh_head_of_the_reward_model_has_ten_times_the_rate
 -"lr_scale": 10}
 +"lr_scale": 1}
-# no embedding for the new pad token
-  test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary
--        model.resize_token_embeddings(len(tokenizer))
-+        pass
 # interval too narrow: deviation / n
   test_figures_are_told_with_half_of_their_95_percent_interval
 -statistics.stdev(values) / math.sqrt(len(values))
@@ -409,7 +407,7 @@ p3o.py
 +if find_adapter_config_file(cfg.model) and not find_adapter_config_file(cfg.model):
 # models saved with the EOS from before the chat template
   test_the_token_that_ends_a_turn_is_eos_in_all_that_is_saved
--    fit_tokens(policy, tokenizer, cfg)  # a chat template may end turns with another EOS
+-    fit_tokens(policy, tokenizer, cfg.response_tokens)
 # two runs write to one directory
   test_two_runs_do_not_share_a_directory
 -with FileLock(out / ".lock", blocking=False):
@@ -422,6 +420,64 @@ p3o.py
   test_a_stage_appears_only_with_its_tokenizer
 -        tokenizer.save_pretrained(scratch)
 +    tokenizer.save_pretrained(folder)
+""")
+
+# on the wrong device: only a GPU shows these, or a fake one
+BUGS += bugs(r"""
+p3o.py
+# collate leaves ids and mask on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-return ids.to(model.device), response_mask.to(model.device)
++return ids, response_mask
+# collate leaves the mask on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-return ids.to(model.device), response_mask.to(model.device)
++return ids.to(model.device), response_mask
+# prompts to sample from stay on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-).to(model.device)  # (N, P)
++)  # (N, P)
+# sample's slots made on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-slots = torch.arange(longest + step, device=model.device)
++slots = torch.arange(longest + step)
+# sample's padding counted on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-for row in rows], device=model.device)  # (N, 1)
++for row in rows])  # (N, 1)
+# log-probs scattered into CPU zeros
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-picked.new_zeros(is_target.shape)
++torch.zeros(is_target.shape)
+# reward_scores copies an index to the GPU each time
+  test_a_step_waits_for_the_gpu_no_more_often
+-row = torch.arange(len(last), device=ids.device)
++row = torch.arange(len(last))
+# V1's signs made on the CPU
+  test_each_form_of_the_loss_is_on_the_gpu
+-torch.stack([q, -q], dim=-1)
++q[:, None] * torch.tensor([1.0, -1.0])
+# latest log-probs kept on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-new_logprobs = old_logprobs.clone()
++new_logprobs = torch.zeros(old_logprobs.shape)
+# a metric read as numpy
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-values.double().mean().item()
++values.double().mean().numpy().item()
+# a finished stage's model stays on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-dtype=torch.float32, **options).to(DEVICE)
++dtype=torch.float32, **options)
+# SFT trains on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-return model.to(DEVICE), tokenizer
++return model, tokenizer
+# a resumed optimizer keeps its state on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-    optimizer.load_state_dict(moments)
++    weights = optimizer.param_groups[0]["params"]
++    optimizer.state.update(zip(weights, moments["state"].values(), strict=True))
 """)
 
 DATA_BUGS = bugs(r"""
@@ -544,6 +600,10 @@ data/preferences.py
 
 DATA_BUGS += bugs(r"""
 data/models.py
+# no embedding for the new pad token
+  test_a_base_model_without_a_pad_token_gets_one_inside_its_vocabulary
+-        model.resize_token_embeddings(len(tokenizer))
++        pass
 # a model that caps its logits is accepted
   test_a_family_that_a_later_stage_could_not_use_is_refused
 -if not torch.allclose(ours, own, atol=1e-4 * own.abs().max().item()):

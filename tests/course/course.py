@@ -160,7 +160,7 @@ class Recorder:
 def import_once() -> None:
     """Import what every run of the tests needs. Then forget p3o.py: each run loads its own."""
     os.environ["OMP_NUM_THREADS"] = "1"  # a core for each process
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a forked process cannot use a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # a forked process cannot use a GPU
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path.insert(0, str(ROOT))
     models = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
