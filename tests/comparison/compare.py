@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -77,11 +78,23 @@ JOINT = ("pipeline", "pipeline, equal updates", "AIHF", "AIHF, logistic")
 SHARES = (0.01, 0.03, 0.1, 1.0)
 JOINT_BETAS = (0.05, 0.1, 0.2, 0.4)
 WEIGHTS = (1.0, 0.1, 0.01)  # of AIHF's demonstrations, so AIHF gets three times as many trials
+# The same with good demonstrations: each the best of so many answers, by gold reward. Three trials
+# each on a seed of its own: the weight of AIHF's demonstrations or the pipeline's β
+BEST_OF = 8
+GOOD_PARTS = ("good demonstrations, tuning", "good demonstrations")
+GOOD_METHODS = ("pipeline, equal updates", "AIHF", "AIHF, logistic")
+GOOD_BETAS = (0.1, 0.2, 0.4)
+GOOD_SHARES = (0.01, 0.03, 0.1)
+GOOD_TUNING_SEED = 102
+# Is it the clip of its values that keeps PPO's critic from learning δ(x)? (weight of its loss)
+CRITICS = {"PPO": 1.0, "PPO, no value clip": 1.0, "PPO, no value clip, weight × 10": 10.0}
 EVALUATED = 256  # held-out prompts
 WATCHED_EVERY = 40  # iterations between two measurements of the long run
 PARTS = ("tuning", "frontier", "as tuned", "rate", "staleness", "staleness, one rate", "offset")
-PARTS += ("gaming", "joint tuning", "joint")
+PARTS += ("gaming", "joint tuning", "joint", "value clip", *GOOD_PARTS)
 FIGURES = ("score", "gold", "kl", "win_rate", "finished", "points", "curve")
+# curve: further measurements, by the part: KL, score and gold reward along a long run; of a value
+# clip run, the share of δ(x) that the critic knows; the gold reward of good demonstrations
 
 
 class Trial(NamedTuple):
@@ -94,7 +107,7 @@ class Trial(NamedTuple):
     epochs: int = 2
     iterations: int = 80
     offset: float = 0.0
-    weight: float = 1.0  # of AIHF's demonstrations
+    weight: float = 1.0  # of AIHF's demonstrations; times VALUE_WEIGHT in the part about critics
 
 
 # ---- One run -----------------------------------------------------------------------------
@@ -111,6 +124,48 @@ def pipeline(seed: int) -> Path:
     return out
 
 
+def demonstrated(seed: int) -> Path:
+    """Return the directory of a seed's good demonstrations, and of an SFT model trained on them.
+
+    A demonstration is the best of BEST_OF answers of the pipeline's SFT model, by gold reward. The
+    new SFT model starts from the same weights as the old one did and is trained in the same way.
+    """
+    out = pipeline(seed) / "demonstrated"
+    if not (out / "sft").exists():
+        tokenizer, examples, _, sft, *_ = start_of(seed)
+        out.mkdir(exist_ok=True)
+        torch.manual_seed(seed)
+        demos = best_of(BEST_OF, sft, tokenizer, examples)
+        (out / "chosen.json").write_text(json.dumps([demo.chosen for demo in demos]))
+        cfg = p3o.Config(**p3o.SMALL | dict(seed=seed))
+        torch.manual_seed(seed)
+        policy, _ = p3o.load_base(cfg)
+        p3o.seed_stage(cfg, "sft")
+        p3o.train_sft(policy, demos, cfg, lambda *_: None)
+        p3o.save(out / "sft", policy, tokenizer)
+    return out
+
+
+def best_of(n: int, policy, tokenizer, examples: list) -> list:
+    """Replace each example's chosen answer by the best of n samples, by gold reward."""
+    found = []
+    for i in range(0, len(examples), 64):
+        batch = examples[i : i + 64]
+        prompts = [example.prompt for example in batch]
+        ids, mask = p3o.sample(policy, prompts, n, p3o.SMALL["response_tokens"])  # (b, n, T)
+        for example, rows, masks in zip(batch, ids, mask, strict=True):
+            answers = [row[inside] for row, inside in zip(rows, masks, strict=True)]
+            prompt = example.text.prompt
+            golds = [judge.gold_reward(prompt, text_of(tokenizer, answer)) for answer in answers]
+            best_one = answers[golds.index(max(golds))]
+            found.append(example._replace(chosen=best_one.tolist()))
+    return found
+
+
+def text_of(tokenizer, answer: torch.Tensor) -> str:
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
 def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> torch.Tensor:
     """Return δ(x), (…) from (…, T): a normal number with this standard deviation.
 
@@ -122,8 +177,8 @@ def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> 
     return spread * table[(ids * before * weights).sum(-1) % len(table)]
 
 
-def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
-    """Train `policy` with one method."""
+def train(trial: Trial, policy, sft, reward_model, examples, log):
+    """Train `policy` with one method. Returns PPO's critic."""
     options = dict(
         seed=trial.seed,
         beta=trial.beta,
@@ -146,9 +201,13 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
 
     if trial.method == "DPO":
         relatives.train_dpo(policy, sft, examples, cfg, log)
-    elif trial.method == "PPO":
+    elif trial.method in CRITICS:
         critic = copy.deepcopy(reward_model)
-        relatives.train_ppo(policy, sft, score, prompts, cfg, log, critic, gae_lambda=trial.knob)
+        options = dict(gae_lambda=trial.knob, value_weight=trial.weight * relatives.VALUE_WEIGHT)
+        if trial.method != "PPO":
+            options["value_clip"] = math.inf
+        relatives.train_ppo(policy, sft, score, prompts, cfg, log, critic, **options)
+        return critic
     else:
         loss = LOSSES[trial.method]
         if trial.method == "REBEL":
@@ -156,8 +215,26 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
         p3o.train_policy(policy, sft, score, loss, prompts, cfg, log)
 
 
-def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
+@torch.no_grad()
+def offset_known(critic, examples: list, spread: float) -> float:
+    """Return the share of δ(x)'s variance, over different prompts, that a critic explains.
+
+    1 if V(x) − δ(x) is the same for all prompts, 0 if it varies as much as δ(x), below 0 if more.
+    """
+    examples = list({tuple(example.prompt): example for example in examples}.values())
+    prompts = [example.prompt for example in examples]
+    ids, mask = p3o.collate(prompts, [example.chosen for example in examples], critic)  # (N, T)
+    first = mask[:, 1:].int().argmax(-1)  # (N,): the state before the first token of the answer
+    values = relatives.token_values(critic, ids, mask).gather(1, first[:, None])[:, 0]  # (N,)
+    delta = offset_of(ids, mask, spread)  # (N,)
+    return (1 - (values - delta).var() / delta.var()).item()
+
+
+def train_on_few(trial: Trial, policy, sft, out: Path, demos, examples, log) -> None:
     """Train reward model and policy with a share of the preferences, but all demonstrations.
+
+    Preferences are those of `examples`, demonstrations the chosen answers of `demos`. `out` has
+    the SFT model.
 
     AIHF updates the reward model as often as the policy. The pipeline trains its reward model
     first: for two epochs, as p3o.py does, or with the same number of updates as AIHF.
@@ -172,7 +249,7 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
         exact = trial.method == "AIHF"
         models = (policy, sft, reward_model)
         options = dict(exact=exact, demo_weight=trial.weight)
-        relatives.train_jointly(*models, examples, preferences, cfg, log, **options)
+        relatives.train_jointly(*models, demos, preferences, cfg, log, **options)
         return
     epochs = 2
     if trial.method == "pipeline, equal updates":
@@ -198,7 +275,7 @@ def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list
             found["score"] += p3o.reward_scores(reward_model, ids, mask).flatten().tolist()
         found["finished"] += p3o.finished(policy, ids, mask).flatten().tolist()
         for example, row, inside in zip(batch, ids, mask, strict=True):
-            text = tokenizer.decode(row[inside], skip_special_tokens=True)
+            text = text_of(tokenizer, row[inside])
             found["gold"].append(judge.gold_reward(example.text.prompt, text))
     return found
 
@@ -226,11 +303,26 @@ def start_of(seed: int) -> tuple:
     return tokenizer, examples, heldout, sft, reward_model, answers
 
 
+@functools.lru_cache(1)
+def good_start_of(seed: int) -> tuple:
+    """Return a seed's good demonstrations, SFT model and its answers, and their directory."""
+    out = demonstrated(seed)
+    tokenizer, examples, heldout, _, reward_model, _ = start_of(seed)
+    chosen = json.loads((out / "chosen.json").read_text())
+    pairs = zip(examples, chosen, strict=True)
+    demos = [example._replace(chosen=answer) for example, answer in pairs]
+    sft = p3o.load(out / "sft")
+    return demos, sft, answer_all(sft, sft, reward_model, tokenizer, heldout), out
+
+
 def run(trial: Trial) -> dict:
     """Train and evaluate one policy; return its row: the trial and its figures."""
     tokenizer, examples, heldout, sft, reward_model, first = start_of(trial.seed)
-    out = pipeline(trial.seed)
+    demos, out = examples, pipeline(trial.seed)
+    if trial.part in GOOD_PARTS:
+        demos, sft, first, out = good_start_of(trial.seed)
     policy = p3o.load(out / "sft")
+    critic = None
     curve = []
 
     def log(step: int, row: dict) -> None:
@@ -243,9 +335,16 @@ def run(trial: Trial) -> dict:
     torch.manual_seed(trial.seed)
     with contextlib.suppress(FloatingPointError):  # diverged: evaluate the policy as it is
         if trial.method in JOINT:
-            train_on_few(trial, policy, sft, out, examples, log)
-        else:
-            train(trial, policy, sft, reward_model, examples, log)
+            train_on_few(trial, policy, sft, out, demos, examples, log)
+        elif trial.method != "SFT":
+            critic = train(trial, policy, sft, reward_model, examples, log)
+    if trial.part == "value clip" and trial.offset:
+        curve = [offset_known(critic, some, trial.offset) for some in (examples, heldout)]
+    if trial.method == "SFT":
+        golds = [
+            judge.gold_reward(demo.text.prompt, text_of(tokenizer, demo.chosen)) for demo in demos
+        ]
+        curve = [statistics.mean(golds)]
     mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
     row = trial._asdict()
     for key in ("score", "gold", "kl", "finished"):
@@ -310,6 +409,12 @@ def tuned_joint(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
     return best(rows.gold, rows, "beta", "weight")
 
 
+def best_good(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
+    """Return β and weight of each way to learn from good demonstrations: the best gold reward."""
+    rows = rows[rows.part == "good demonstrations, tuning"]
+    return best(rows.gold, rows, "beta", "weight")
+
+
 def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
     """Return all trials of a part, seed by seed."""
     found = []
@@ -330,6 +435,29 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
         for seed, method, share in itertools.product(seeds, JOINT, SHARES):
             beta, weight = settings[method]
             found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
+        return found
+    if part == "good demonstrations, tuning":
+        few = GOOD_SHARES[1]
+        for method, (beta, weight) in tuned_joint(rows).items():
+            if method in GOOD_METHODS:
+                base = Trial(part, method, GOOD_TUNING_SEED, beta, 2e-3, few, weight=weight)
+                if method.startswith("AIHF"):
+                    found += [base._replace(weight=other) for other in WEIGHTS]
+                else:
+                    found += [base._replace(beta=other) for other in GOOD_BETAS]
+        return found
+    if part == "good demonstrations":
+        settings = best_good(rows)
+        for seed in seeds:
+            found.append(Trial(part, "SFT", seed, BETA, 0.0, 0.0, iterations=0))
+            for share, (method, (beta, weight)) in itertools.product(GOOD_SHARES, settings.items()):
+                found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
+        return found
+    if part == "value clip":
+        lr, knob = tuned(rows)["PPO"]
+        for seed, offset, method in itertools.product(seeds, (0.0, 10.0), CRITICS):
+            base = Trial(part, method, seed, BETA, lr, knob, offset=offset)
+            found.append(base._replace(weight=CRITICS[method]))
         return found
     done = keys_of(rows)
     for seed, (method, (lr, knob)) in itertools.product(seeds, tuned(rows).items()):
