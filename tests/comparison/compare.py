@@ -39,7 +39,11 @@ import pandas  # noqa: E402
 import relatives  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 import p3o  # noqa: E402
 from data import judge  # noqa: E402
@@ -85,7 +89,7 @@ GOOD_PARTS = ("good demonstrations, tuning", "good demonstrations")
 GOOD_METHODS = ("pipeline, equal updates", "AIHF", "AIHF, logistic")
 GOOD_BETAS = (0.1, 0.2, 0.4)
 GOOD_SHARES = (0.01, 0.03, 0.1)
-GOOD_TUNING_SEED = 102
+TUNED_ON = {"tuning": TUNING_SEEDS, "joint tuning": TUNING_SEEDS, GOOD_PARTS[0]: (102,)}
 # Is it the clip of its values that keeps PPO's critic from learning δ(x)? (weight of its loss)
 CRITICS = {"PPO": 1.0, "PPO, no value clip": 1.0, "PPO, no value clip, weight × 10": 10.0}
 EVALUATED = 256  # held-out prompts
@@ -177,7 +181,7 @@ def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> 
     return spread * table[(ids * before * weights).sum(-1) % len(table)]
 
 
-def train(trial: Trial, policy, sft, reward_model, examples, log):
+def train(trial: Trial, policy, sft, reward_model, examples, log) -> PreTrainedModel | None:
     """Train `policy` with one method. Returns PPO's critic."""
     options = dict(
         seed=trial.seed,
@@ -338,7 +342,7 @@ def run(trial: Trial) -> dict:
             train_on_few(trial, policy, sft, out, demos, examples, log)
         elif trial.method != "SFT":
             critic = train(trial, policy, sft, reward_model, examples, log)
-    if trial.part == "value clip" and trial.offset:
+    if trial.part == "value clip" and trial.offset and critic:  # None if it diverged
         curve = [offset_known(critic, some, trial.offset) for some in (examples, heldout)]
     if trial.method == "SFT":
         golds = [
@@ -440,7 +444,7 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
         few = GOOD_SHARES[1]
         for method, (beta, weight) in tuned_joint(rows).items():
             if method in GOOD_METHODS:
-                base = Trial(part, method, GOOD_TUNING_SEED, beta, 2e-3, few, weight=weight)
+                base = Trial(part, method, TUNED_ON[part][0], beta, 2e-3, few, weight=weight)
                 if method.startswith("AIHF"):
                     found += [base._replace(weight=other) for other in WEIGHTS]
                 else:
@@ -493,9 +497,12 @@ def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
     The two tunings come first, then each seed with all its parts.
     """
     rows = read_rows()
-    needed = list(seeds)
-    if any("tuning" in part and missing(part, rows, seeds) for part in parts):
-        needed += TUNING_SEEDS
+    needed = set(seeds)
+    for part, some in TUNED_ON.items():
+        # without rows of the tuning before, the next one has no trials yet
+        if part in parts and (part not in set(rows.part) or missing(part, rows, seeds)):
+            needed |= set(some)
+    needed = sorted(needed)
     lost = [seed for seed in needed if seed in set(rows.seed) and not made(seed)]
     if lost:
         # Retrained models would differ by rounding, and their scores would have another zero.
@@ -509,6 +516,9 @@ def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         list(tqdm(pool.map(pipeline, needed), "pipelines", len(needed)))
         for part, some in steps:
+            if part in GOOD_PARTS:
+                left = {trial.seed for trial in missing(part, read_rows(), some)}
+                list(tqdm(pool.map(demonstrated, left), "demonstrations", len(left)))
             futures = [pool.submit(run, trial) for trial in missing(part, read_rows(), some)]
             name = part if "tuning" in part else f"{part}, seed {some[0]}"
             for future in tqdm(as_completed(futures), name, len(futures)):
@@ -537,7 +547,8 @@ def cell(values: Sequence[float], layout: str = "+.2f") -> str:
 
 def as_tuned(rows: pandas.DataFrame) -> numpy.ndarray:
     """Return which rows are tuned runs at BETA with nothing changed; one per method and seed."""
-    found = rows[rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA)]
+    value_clip = (rows.part == "value clip") & (rows.method == "PPO") & (rows.offset == 0)
+    found = rows[rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA) | value_clip]
     return rows.index.isin(found.drop_duplicates(["method", "seed"]).index)
 
 
@@ -553,7 +564,7 @@ def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:
         zero = rows[middle].groupby("seed")[figure].mean()
         rows[figure] -= rows.seed.map(zero)
     found = rows.part == part
-    if part not in ("frontier", "joint"):
+    if part not in ("frontier", "joint", *GOOD_PARTS):
         found |= middle & rows.seed.isin(rows[found].seed)
     return rows[found]
 
@@ -639,9 +650,35 @@ def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> str:
     table = defaultdict(dict)
     for (method, value), found in part_of(rows, part).groupby(["method", column]):
         table[method][value] = cell(found[figure], "6.2f")
-    methods = [method for method in (*METHODS, *JOINT) if method in table]
+    order = dict.fromkeys((*METHODS, *CRITICS, "SFT", *JOINT))
+    methods = [method for method in order if method in table]
     table = {NAMES.get(method, method): table[method] for method in methods}
     return pandas.DataFrame(table).T.fillna("").sort_index(axis=1).to_string()
+
+
+def offset_shares(rows: pandas.DataFrame) -> dict[str, list[list[float]]]:
+    """Return the share of δ(x) that each critic knows: on training prompts, on held-out ones.
+
+    By method, two lists with one value per seed.
+    """
+    rows = rows[(rows.part == "value clip") & (rows.curve != "")].sort_values("seed")
+    found = {}
+    for method in CRITICS:
+        curves = rows[rows.method == method].curve
+        pairs = [[float(value) for value in curve.split()] for curve in curves]
+        found[method] = [list(values) for values in zip(*pairs, strict=True)]
+    return found
+
+
+def good_gaps(rows: pandas.DataFrame, share: float, base: str) -> dict[str, list[float]]:
+    """Return the gold reward with this share of the preferences, minus that of another method.
+
+    Of the runs with good demonstrations. SFT, another base, uses no preferences. By method, one
+    value per seed, in the order of the seeds.
+    """
+    rows = rows[(rows.part == "good demonstrations") & rows.knob.isin((0.0, share))]
+    golds = rows.pivot_table("gold", "seed", "method")
+    return {method: list((golds[method] - golds[base]).dropna()) for method in GOOD_METHODS}
 
 
 def summary(rows: pandas.DataFrame) -> str:
@@ -683,9 +720,24 @@ def show(rows: pandas.DataFrame) -> None:
     tables += [("rate", "lr", "reached"), ("staleness", "epochs", "reached")]
     tables += [("offset", "offset", "reached")]
     tables += [("joint", "knob", "gold"), ("joint", "knob", "kl")]  # knob: share of preferences
+    tables += [("value clip", "offset", f) for f in ("reached", "gold", "kl", "win_rate")]
+    tables += [("good demonstrations", "knob", f) for f in ("gold", "kl", "win_rate")]
     for part, column, figure in tables:
         if part in have:
             print(f"\n{part}: {figure} by {column}\n{by(rows, part, column, figure)}")
+    if "value clip" in have:
+        print("\nshare of δ(x) that PPO's critic knows: training prompts, held-out prompts")
+        for method, shares in offset_shares(rows).items():
+            print(f"  {method:32}" + "   ".join(cell(values) for values in shares))
+    if "good demonstrations" in have:
+        sft = rows[(rows.part == "good demonstrations") & (rows.method == "SFT")]
+        golds = cell([float(curve) for curve in sft.curve], ".2f")
+        print(f"\ngold reward of the good demonstrations: {golds}")
+        print("gold reward minus that of SFT on them; minus the pipeline's")
+        for share in GOOD_SHARES:
+            above_sft = good_gaps(rows, share, "SFT")
+            for method, gaps in good_gaps(rows, share, GOOD_METHODS[0]).items():
+                print(f"  {share:4.0%}  {method:24}{cell(above_sft[method])}   {cell(gaps)}")
     for kl in (1.0, 2.0):
         print(f"\nabove P3O (V2) at a KL of {kl:g}: score, gold reward")
         scores = frontier_gaps(rows, kl, "score")
