@@ -656,6 +656,20 @@ def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> str:
     return pandas.DataFrame(table).T.fillna("").sort_index(axis=1).to_string()
 
 
+def critic_gaps(rows: pandas.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
+    """Return what score − β KL changes by δ(x), by critic: two lists with one value per seed.
+
+    First against the same critic without δ(x), then against PPO as tuned with the same δ(x).
+    """
+    rows = rows[rows.part == "value clip"].assign(reached=reached(rows))
+    found = rows.pivot_table("reached", "seed", ["method", "offset"])
+    gaps = {}
+    for method in CRITICS:
+        bases = (found[method, 0.0], found["PPO", 10.0])
+        gaps[method] = tuple(list((found[method, 10.0] - base).dropna()) for base in bases)
+    return gaps
+
+
 def offset_shares(rows: pandas.DataFrame) -> dict[str, list[list[float]]]:
     """Return the share of δ(x) that each critic knows: on training prompts, on held-out ones.
 
@@ -726,6 +740,9 @@ def show(rows: pandas.DataFrame) -> None:
         if part in have:
             print(f"\n{part}: {figure} by {column}\n{by(rows, part, column, figure)}")
     if "value clip" in have:
+        print("\nscore − β KL with δ(x): minus that without; minus PPO's as tuned")
+        for method, gaps in critic_gaps(rows).items():
+            print(f"  {method:32}" + "   ".join(cell(values) for values in gaps))
         print("\nshare of δ(x) that PPO's critic knows: training prompts, held-out prompts")
         for method, shares in offset_shares(rows).items():
             print(f"  {method:32}" + "   ".join(cell(values) for values in shares))
