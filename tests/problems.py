@@ -13,3 +13,15 @@ PROBLEMS = {
     "set_gain": "a unit for β that no offset changes",
     "train_policy": "the loop: sample, score, update, throw away",
 }
+
+# Points follow the hours that a problem takes, ½ to 3
+POINTS = {
+    "collate": 4,
+    "response_logprobs": 10,
+    "sample": 14,
+    "reward_scores": 4,
+    "bradley_terry_loss": 4,
+    "p3o_loss": 20,
+    "set_gain": 4,
+    "train_policy": 20,
+}

@@ -3,9 +3,9 @@
 An entry of WRONG is the mistake, a solution in right.py or p3o.py, words that the first message of
 the problem's tests must hold (>), and the lines of the solution that are replaced (-, +). SICK
 chooses mistakes for the bug hunt: a run with one of them ends without an error, but its metrics
-show what is wrong. Figures are those of `p3o.py --small` with seed 0. In a healthy run stage 3
-starts at an entropy of 8 nats and a length of 15, and ends near a KL of 3, a score of 1 and a win
-rate of 0.9.
+show what is wrong. Figures are ranges over seeds 0 to 2 of `p3o.py --small`, because another machine
+rounds differently and gives other ones. In a healthy run stage 3 starts at an entropy of 8 nats and
+a length of 15 to 17, and ends at a KL of 2 to 4 and a win rate of 0.9.
 """
 # ruff: noqa: E501
 
@@ -262,8 +262,8 @@ for mistake, (diagnosis, *symptom), _, _ in entries("""
 # the prompt in the mask
   The prompt is counted as part of the response.
   The answers in output.txt begin with the question. From the first iteration on, responses are ten
-  tokens longer than the data's, and their entropy is 13.7 (healthy: 7.9). The KL falls back to 0
-  and below, because the policy also moves on tokens that it did not sample.
+  tokens longer than the data's, and their entropy is 13 to 14 (healthy: 8). The KL falls back to
+  about 0, or below, because the policy also moves on tokens that it did not sample.
 # log-probs read at the token itself
   Log-probabilities are read where the model has already seen the token.
   Too good to be true: the SFT loss falls to 0.00 (healthy: 0.5), because the model only has to
@@ -275,49 +275,49 @@ for mistake, (diagnosis, *symptom), _, _ in entries("""
   anew after they are complete.
 # sampled twice as sharply as scored
   Responses are sampled at another temperature than they are scored at.
-  objective/entropy is 5.7 nats in the first iteration, before any update (healthy: 8). The same SFT
-  model, sampled more sharply, writes better answers (gold 3.3, not 1.5). But the loss trusts
-  log-probs that are too low for how often tokens come. The KL runs away to 30, and the answers
-  repeat themselves.
+  objective/entropy is below 6 nats in the first iteration, before any update (healthy: 8). The same
+  SFT model, sampled more sharply, writes better answers (gold_sft above 3, not below 2). But the
+  loss trusts log-probs that are too low for how often tokens come. The KL ends at 5 to 30.
 # chosen and rejected exchanged
   Preferred and rejected responses are exchanged in reward training.
-  The reward loss falls as it should, but reward_accuracy is 0.21, far below chance. Stage 3 does
-  its work: the score rises to 3, the gold reward falls to −9, and answers become rude and long.
+  The reward loss falls as it should, but reward_accuracy is near 0.2, far below chance. Stage 3
+  does its work: the score rises to 3, the gold reward falls to −6 or less, and answers become rude
+  and long.
 # the KL of the wrong sign
   The policy is paid for its KL to the reference, not charged for it.
-  The score rises further than in a healthy run, but the KL does not settle: 6, then 98, 325, 449
-  nats. The policy ends in one endless answer with an entropy near 0, far away from SFT.
+  The KL does not settle. It passes 90 nats within 20 iterations and ends above 400. At first the
+  score rises as in a healthy run. The policy ends in endless answers, far away from SFT.
 # L minimised instead of −L
   The worse response of a pair is pushed up.
-  The score falls from the first iterations on. loss/policy is −0.5 (healthy: near 0). The KL
-  explodes, because the KL term pushes the wrong way too.
+  The score falls from the first iterations on. loss/policy reaches −0.5 or less (healthy: within
+  0.1 of 0). The KL explodes to hundreds of nats, because the KL term pushes the wrong way too.
 # π_old computed anew at every update
   Ratios are taken against the policy as it is, not as it was when it sampled.
   In all iterations policy/ratio is exactly 1, and policy/clipfrac and policy/approxkl are exactly 0.
-  The run may end well. But on its way nothing stops a step: there are gradient norms of 150, and a
-  KL of 14 in the first iterations.
+  The run may end well. But on its way nothing stops a step: there are gradient norms above 100
+  (healthy: below 20), and a KL of 9 to 17 in the first iterations.
 # multiplied by the size, not divided
   r_1 − r_2 does not have size 1 when stage 3 begins.
-  In the first iteration q is r_1 − r_2, and objective/q is 3.9 (healthy: 0.8). A root mean square
-  of 1 cannot have such a mean. All scores are several times too large, so β is several times too
-  small for them, and the KL ends near 8.
+  In the first iteration q is r_1 − r_2, and objective/q is 4 to 5 (healthy: 0.8). A root mean
+  square of 1 cannot have such a mean. All scores are several times too large, so β is several times too
+  small for them, and the KL ends at 8 to 60.
 # the mean over tokens everywhere
   A response's log-probability is the mean over its tokens, not the sum.
   objective/entropy starts at 0.2 nats per response (healthy: 8), and objective/kl stays small. But
-  kl_policy in output.txt, which is a sum, is 366. KL costs almost nothing, so the policy games the
-  reward model: score 3.7, gold −3, one endless answer.
+  kl_policy in output.txt, which is a sum, is 90 to 370. KL costs almost nothing, so the policy
+  games the reward model: the score rises by 3, gold is −3 or far less, answers are endless.
 # the policy as its own reference
   The reference is the policy itself.
-  objective/kl is exactly 0 in every iteration, but kl_policy in output.txt is 182. Nothing holds
-  the policy back: the score rises to 3.6, and the gold reward falls to −13.
+  objective/kl is exactly 0 in every iteration, but kl_policy in output.txt is 70 to 180. Nothing
+  holds the policy back: the score rises by 2 or more, and the gold reward falls below −10.
 # scores in another order than the log-probs
   The scores of a batch are given to other responses.
   All metrics move, but the policy learns nothing. The score and the gold reward stay where SFT's
-  are. objective/q stays near 1 instead of falling to 0.2, and the KL wanders by a nat or two.
+  are. objective/q stays at 0.7 to 1 instead of falling to 0.2, and the KL wanders.
 # samples from the reference
   The responses of stage 3 are sampled from the reference, not from the policy.
   objective/scores does not move in 80 iterations, although score_policy has risen: stage 3 scores
-  SFT's samples again and again. objective/kl, the mean of log π − log π_ref, is negative (to −12).
+  SFT's samples again and again. objective/kl, the mean of log π − log π_ref, is negative (to −10 or lower).
   For samples of π it cannot be.
 """):
     (found,) = [wrong for wrong in WRONG if wrong.mistake == mistake]
