@@ -8,9 +8,6 @@ import pytest
 import torch
 from test_claims import BETA, Bandit, Batch, close, every_pair, pushes, random_bandit
 from torch import Tensor
-from toys import even_share, run_policy, small
-
-import p3o
 
 
 def intransitive_judge(seed: int) -> Tensor:
@@ -98,23 +95,3 @@ def test_on_fresh_pairs_a_biased_judge_has_the_expected_step_of_asking_it_in_bot
     for clip in ("joint", "separate"):
         once = expected_step(biased, bandit, BETA, clip)
         assert close(once, expected_step(both, bandit, BETA, clip))
-
-
-@pytest.mark.problem_8
-def test_train_policy_takes_a_judge_as_score(tiny, prompts):
-    """The judge likes even token ids. The trained policy beats the one that it started from."""
-
-    def odds(shares: Tensor) -> Tensor:
-        return torch.sigmoid(8 * (shares[:, 0] - shares[:, 1]))  # (B,): P(y_1 ≻ y_2)
-
-    def judge(ids: Tensor, mask: Tensor) -> Tensor:
-        P = odds(even_share(ids, mask))
-        return torch.stack([P - 0.5, torch.zeros_like(P)], 1)  # (B, 2)
-
-    cfg = small(iterations=12, pairs=32, minibatch=16, response_tokens=6, p3o_lr=4e-3, beta=0.0)
-    trained, *_ = run_policy(tiny[0], tiny[0], judge, prompts, cfg)
-    shares = []
-    for model in (trained, tiny[0]):
-        ids, mask = p3o.sample(model, prompts, 8, 6)  # (B, 8, T)
-        shares.append(even_share(ids, mask).flatten())  # (8B,)
-    assert odds(torch.stack(shares, 1)).mean() > 0.6

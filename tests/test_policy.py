@@ -208,18 +208,19 @@ def test_the_loss_sees_the_references_log_probs_and_the_metrics_their_difference
 
 @pytest.mark.problem_8
 def test_response_length_counts_eos_and_finished_counts_those_that_ended_by_it(toy):
-    lengths = []
+    lengths = []  # of each response in turn
     ended = []
 
     def score(ids, mask):
-        lengths.append(mask.sum(-1).double().mean().item())
-        ended.append((ids.masked_fill(~mask, PAD) == EOS).any(-1).double().mean().item())
+        lengths.append(mask.sum(-1).flatten())
+        ended.append((ids.masked_fill(~mask, PAD) == EOS).any(-1).flatten())
         return length_score(ids, mask)
 
     cfg = small(iterations=2, pairs=20, minibatch=20, inner_epochs=1, response_tokens=LONGEST)
     _, rows, _ = run_policy(toy, toy, score, TOY_PROMPTS * 20, cfg)
-    assert [row["response/length"] for row in rows] == pytest.approx(lengths)
-    assert [row["response/finished"] for row in rows] == pytest.approx(ended)
+    for name, values in (("length", lengths), ("finished", ended)):
+        means = torch.cat(values).double().view(2, 40).mean(1)  # (iterations,)
+        assert [row[f"response/{name}"] for row in rows] == pytest.approx(means.tolist())
     assert 0.05 < rows[0]["response/finished"] < 0.95
 
 
@@ -272,6 +273,26 @@ def test_on_the_toy_p3o_approaches_the_known_optimum(toy, clip):
     at_last = (end.exp() * (end - best)).sum().item()
     assert at_first > 0.3
     assert at_last < 0.1 * at_first
+
+
+@pytest.mark.problem_8
+def test_train_policy_takes_a_judge_as_score(tiny, prompts):
+    """The judge likes even token ids. The trained policy beats the one that it started from."""
+
+    def odds(shares: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(8 * (shares[:, 0] - shares[:, 1]))  # (B,): P(y_1 ≻ y_2)
+
+    def judge(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        P = odds(even_share(ids, mask))
+        return torch.stack([P - 0.5, torch.zeros_like(P)], 1)  # (B, 2)
+
+    cfg = small(iterations=12, pairs=32, minibatch=16, response_tokens=6, p3o_lr=4e-3, beta=0.0)
+    trained, *_ = run_policy(tiny[0], tiny[0], judge, prompts, cfg)
+    shares = []
+    for model in (trained, tiny[0]):
+        ids, mask = p3o.sample(model, prompts, 8, 6)  # (B, 8, T)
+        shares.append(even_share(ids, mask).flatten())  # (8B,)
+    assert odds(torch.stack(shares, 1)).mean() > 0.6
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,15 +64,16 @@ def test_every_method_gets_ten_tuning_trials_on_seeds_used_nowhere_else():
     assert len(set(trials)) == len(trials)
     counts = {method: [t.method for t in trials].count(method) for method in compare.METHODS}
     assert set(counts.values()) == {10 * len(compare.TUNING_SEEDS)}
-    tuning = ROWS.part.str.contains("tuning")
-    assert set(ROWS[tuning].seed) == {trial.seed for trial in trials}
+    tuning = ROWS.part.isin(compare.TUNED_ON)
+    for part, seeds in compare.TUNED_ON.items():
+        assert set(ROWS[ROWS.part == part].seed) == set(seeds)
     assert not set(ROWS[tuning].seed) & {*ROWS[~tuning].seed, *compare.SEEDS}
 
 
 def test_the_committed_rows_are_different_trials():
     assert len(compare.keys_of(ROWS)) == len(ROWS) > 0
     assert set(ROWS.part) <= set(compare.PARTS)
-    assert set(ROWS.method) <= {*compare.METHODS, *compare.JOINT}
+    assert set(ROWS.method) <= {*compare.METHODS, *compare.JOINT, *compare.CRITICS, "SFT"}
 
 
 def test_each_part_changes_one_thing_and_makes_160_updates():
@@ -118,6 +120,37 @@ def test_each_way_to_learn_from_few_preferences_runs_at_its_own_beta_and_weight(
         mine = [trial for trial in trials if trial.method == method]
         assert [trial.knob for trial in mine] == list(compare.SHARES)
         assert {(trial.beta, trial.weight) for trial in mine} == {best[method]}
+
+
+def test_the_critics_differ_in_their_clip_and_weight_alone_each_with_and_without_an_offset():
+    rows = pandas.DataFrame([row(method="PPO", lr=1e-4, knob=0.7)])
+    trials = compare.trials("value clip", rows, (5, 6))
+    assert len(set(trials)) == len(trials) == 2 * 3 * 2
+    settings = {(t.beta, t.lr, t.knob, t.epochs, t.iterations) for t in trials}
+    assert settings == {(0.1, 1e-4, 0.7, 2, 80)}
+    assert {(t.method, t.weight) for t in trials} == set(compare.CRITICS.items())
+    assert {t.offset for t in trials} == {0, 10}
+
+
+def test_with_good_demonstrations_each_gets_three_trials_and_runs_at_the_best():
+    rows = []
+    for method in compare.JOINT:
+        settings = dict(part="joint tuning", method=method, knob=0.1)
+        rows.append(row(**settings, beta=0.2, weight=0.01, gold=6.0))
+        rows.append(row(**settings, beta=0.4, weight=1.0, gold=5.0))
+    tuning = compare.trials("good demonstrations, tuning", pandas.DataFrame(rows), ())
+    counts = [[t.method for t in tuning].count(method) for method in compare.GOOD_METHODS]
+    assert counts == [3, 3, 3]
+    assert not {t.seed for t in tuning} & {*compare.SEEDS, *compare.TUNING_SEEDS}
+    for trial in tuning:
+        wins = trial.beta == 0.4 if trial.method.startswith("pipeline") else trial.weight == 0.1
+        rows.append(row(**trial._asdict(), gold=6.0 if wins else 5.0))
+    trials = compare.trials("good demonstrations", pandas.DataFrame(rows), (5,))
+    found = {(t.method, t.beta, t.weight) for t in trials if t.method != "SFT"}
+    aihf = {(method, 0.2, 0.1) for method in ("AIHF", "AIHF, logistic")}
+    assert found == aihf | {("pipeline, equal updates", 0.4, 0.01)}
+    for method in compare.GOOD_METHODS:
+        assert [t.knob for t in trials if t.method == method] == list(compare.GOOD_SHARES)
 
 
 class Here(ThreadPoolExecutor):
@@ -179,7 +212,7 @@ def test_a_pipeline_that_was_stopped_is_not_finished(tmp_path, monkeypatch):
 
 
 # ---- What a run does ---------------------------------------------------------------------
-@pytest.mark.parametrize("method", compare.METHODS)
+@pytest.mark.parametrize("method", [*compare.METHODS, *list(compare.CRITICS)[1:]])
 def test_each_method_trains_with_its_own_loop_loss_clip_and_offset(method, monkeypatch):
     calls = []
     places = ((p3o, "train_policy"), (relatives, "train_ppo"), (relatives, "train_dpo"))
@@ -189,7 +222,8 @@ def test_each_method_trains_with_its_own_loop_loss_clip_and_offset(method, monke
     monkeypatch.setattr(p3o, "reward_scores", lambda model, ids, mask: torch.zeros(mask.shape[:-1]))
     examples, reward_model = [SimpleNamespace(prompt=[7])], torch.nn.Linear(2, 1)
     trial = compare.Trial("offset", method, 5, 0.3, 1e-3, 0.7, epochs=4, iterations=40, offset=3.0)
-    compare.train(trial, "policy", "sft", reward_model, examples, "log")
+    trial = trial._replace(weight=7.0)
+    trained = compare.train(trial, "policy", "sft", reward_model, examples, "log")
     ((loop, *given, options),) = calls
     (cfg,) = (argument for argument in given if isinstance(argument, p3o.Config))
     assert (cfg.p3o_lr, cfg.inner_epochs, cfg.iterations, cfg.seed) == (1e-3, 4, 40, 5)
@@ -203,9 +237,12 @@ def test_each_method_trains_with_its_own_loop_loss_clip_and_offset(method, monke
     assert (policy, sft) == ("policy", "sft")
     ids, inside = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[False, False, True, True]])
     assert torch.equal(score(ids, inside), compare.offset_of(ids, inside, 3.0))
-    if method == "PPO":
+    if method in compare.CRITICS:
         *rest, critic = rest
-        assert (loop, rest, options) == ("train_ppo", [[[7]], cfg, "log"], {"gae_lambda": 0.7})
+        assert (loop, rest) == ("train_ppo", [[[7]], cfg, "log"])
+        assert options.pop("value_clip", 0.2) == (0.2 if method == "PPO" else math.inf)
+        assert options == dict(gae_lambda=0.7, value_weight=pytest.approx(0.7))
+        assert critic is trained
         assert critic is not reward_model, "the critic is trained, the reward model is not"
         assert torch.equal(critic.weight, reward_model.weight)
         return
@@ -237,7 +274,7 @@ def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatc
         seen.append((len(preferences), cfg.epochs))
 
     def train_jointly(policy, sft, reward, demonstrations, preferences, cfg, log, **options):
-        seen.append((len(demonstrations), len(preferences), options))
+        seen.append((demonstrations, len(preferences), options))
         policies.append((policy, sft, cfg.beta, cfg.p3o_lr, cfg.iterations))
 
     def train_policy(policy, sft, score, loss, prompts, cfg, log):
@@ -253,10 +290,10 @@ def test_only_preferences_are_scarce_and_aihf_sees_all_demonstrations(monkeypatc
     examples = [SimpleNamespace(prompt=[i]) for i in range(400)]
     for method in compare.JOINT:
         trial = compare.Trial("joint", method, 5, 0.7, 3e-3, 0.1, weight=0.3)
-        compare.train_on_few(trial, "policy", "sft", compare.PIPELINES, examples, "log")
+        compare.train_on_few(trial, "policy", "sft", compare.PIPELINES, "demos", examples, "log")
     # 80 iterations of two passes over 64 pairs, 32 per update, are 320 updates of 32 rows
     exact, logistic = (dict(exact=exact, demo_weight=0.3) for exact in (True, False))
-    assert seen == [(40, 2), (40, 256), (400, 40, exact), (400, 40, logistic)]
+    assert seen == [(40, 2), (40, 256), ("demos", 40, exact), ("demos", 40, logistic)]
     assert policies == [("policy", "sft", 0.7, 3e-3, 80)] * 4
     assert gains == [("sft", p3o.GAIN_PROMPTS)] * 2
     assert not model.score.weight.any(), "AIHF's reward starts at 0"
@@ -331,6 +368,52 @@ def test_a_run_is_seeded_and_is_evaluated_even_if_it_diverges(folder, monkeypatc
     monkeypatch.setattr(compare, "train", diverge)
     assert compare.run(compare.Trial("rate", "V2", 5, 0.1, 9.0, 0.2))["win_rate"] == 0.5
     assert drawn == [5]
+
+
+def test_good_demonstrations_are_the_best_of_eight_and_sft_learns_them(folder, monkeypatch):
+    monkeypatch.setattr(compare, "BEST_OF", 3)
+    # as if SFT had been trained: random models give no answers of different worth
+    worth = {}
+    monkeypatch.setattr(judge, "gold_reward", lambda _, text: worth.setdefault(text, len(worth)))
+    taught = []
+    monkeypatch.setattr(p3o, "train_sft", lambda policy, demos, *_: taught.extend(demos))
+    tokenizer, examples, _, sft, *_ = compare.start_of(5)
+    out = compare.demonstrated(5)
+    torch.manual_seed(5)
+    prompts = [example.prompt for example in examples[:64]]
+    ids, mask = p3o.sample(sft, prompts, 3, 8)  # (b, 3, T): the first batch once more
+    for demo, rows, masks in zip(taught, ids, mask, strict=False):
+        answers = [row[inside].tolist() for row, inside in zip(rows, masks, strict=True)]
+        golds = [worth[compare.text_of(tokenizer, answer)] for answer in answers]
+        assert demo.chosen == answers[golds.index(max(golds))]
+    assert [demo.rejected for demo in taught] == [example.rejected for example in examples]
+
+    compare.good_start_of.cache_clear()
+    demos, *_, found = compare.good_start_of(5)
+    compare.good_start_of.cache_clear()
+    assert (demos, found) == (taught, out)
+    monkeypatch.undo()
+    shutil.rmtree(out)
+
+
+def test_a_critic_knows_the_offset_if_its_values_follow_it(folder, monkeypatch):
+    _, examples, _, _, critic, _ = compare.start_of(5)
+    monkeypatch.setattr(critic.score.weight, "data", 30 * critic.score.weight)  # as large as δ(x)
+    often = [*examples, *examples[:1] * 80]
+    found = [compare.offset_known(critic, some, 3.0) for some in (examples, often)]
+    assert found[0] == pytest.approx(found[1], abs=1e-5), "a prompt counts once"
+
+    def values(scale):
+        def token_values(critic, ids, mask):
+            offsets = compare.offset_of(ids, mask, 3.0)  # (N,)
+            state = mask[:, 1:].cumsum(-1) == 1  # before the first token of an answer
+            return torch.where(state, 7 + scale * offsets[:, None], 99.0)
+
+        return token_values
+
+    for scale, share in ((1.0, 1.0), (0.5, 0.75), (0.0, 0.0), (-1.0, -3.0)):
+        monkeypatch.setattr(relatives, "token_values", values(scale))
+        assert compare.offset_known(critic, examples, 3.0) == pytest.approx(share, abs=1e-5)
 
 
 # ---- What the rows are turned into -------------------------------------------------------
@@ -429,7 +512,8 @@ def test_the_table_has_each_difference_with_its_interval():
 def test_show_prints_every_part(capsys):
     compare.show(ROWS)
     printed = capsys.readouterr().out
-    for title in ("tuned", "frontier: gold", "rate:", "staleness:", "offset:", "gaming", "joint:"):
+    titles = ["tuned", "frontier: gold", "rate:", "staleness:", "offset:", "gaming", "joint:"]
+    for title in [*titles, "value clip: reached", "good demonstrations: gold"]:
         assert title in printed
     assert not re.search(r"(?<!\()V[12]", printed), "P3O has one name"
 

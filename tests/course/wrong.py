@@ -114,8 +114,8 @@ for mistake, (solution, says), old, new in entries(r"""
 # tokens after EOS counted as response
   sample
 > EOS
--(input_ids != model.config.eos_token_id).nonzero()
-+torch.ones_like(input_ids).nonzero()
+-[i for i, token in enumerate(drawn) if token != model.config.eos_token_id]
++list(range(len(drawn)))
 # score read at column −1
   reward_scores__gather
 > behind the last response token
