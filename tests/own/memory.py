@@ -10,7 +10,6 @@ much memory would be reserved, and a few assumptions about GPUs how long it woul
 """
 
 import argparse
-import bisect
 import contextlib
 import math
 import sys
@@ -33,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from allocator import OutOfMemory, replay
+
 import p3o
 from data.preferences import Example, Pair
 
@@ -184,10 +185,12 @@ class Recorder(TorchDispatchMode):
         return torch.where(ends, EOS, 0) if self.random else torch.zeros_like(ends).long()
 
 
-def pretend(
-    cfg: p3o.Config, shape: tuple[int, int, int], random: bool = False, real: bool = False
-) -> Recorder:
-    """Run `p3o.run` on a GPT-2 of this shape, without numbers or with; return the record."""
+def pretend(cfg: p3o.Config, shape: tuple[int, int, int], record: Any) -> None:
+    """Run `p3o.run` on a GPT-2 of this shape, without numbers if `record` is a Recorder.
+
+    Any other object has its attribute `phase` set, and its method `note` called for each weight.
+    """
+    real = not isinstance(record, Recorder)
     config = transformers.GPT2Config(
         **dict(zip(("n_embd", "n_layer", "n_head"), shape, strict=True)),
         vocab_size=EOS + 2,
@@ -197,7 +200,6 @@ def pretend(
         pad_token_id=EOS + 1,
         num_labels=1,
     )
-    record = Recorder(cfg, random)
 
     def before_forward(model: Any, args: tuple, kwargs: dict) -> None:
         if record.phase.startswith("3 sampling"):
@@ -212,7 +214,8 @@ def pretend(
     def load(
         folder: Any = None, kind: Any = transformers.AutoModelForCausalLM, **options: Any
     ) -> Any:
-        with torch.device("cpu" if real else "meta"):
+        with torch.random.fork_rng(), torch.device(p3o.DEVICE if real else "meta"):
+            torch.manual_seed(0)  # the policy starts as its reference
             model = kind.from_config(config).eval()
         for weight in model.parameters():
             record.note(weight)
@@ -234,7 +237,7 @@ def pretend(
     examples = []
     for i in torch.randperm(n).tolist():
         prompt, chosen, rejected = cfg.prompt_tokens, cfg.response_tokens, cfg.response_tokens
-        if random:
+        if record.random:
             prompt = prompt // 8 + (prompt - prompt // 8) * (2 * i + 1) // (2 * n)
             chosen, rejected = torch.randint(1, cfg.response_tokens + 1, (2,)).tolist()
         examples.append(Example([0] * prompt, [0] * chosen, [1] * rejected, Pair("", "", "")))
@@ -248,9 +251,8 @@ def pretend(
             "save": lambda folder, *args: folder.mkdir(),
             "report": lambda *args: {},
             "GAIN_PROMPTS": p3o.AT_ONCE * cfg.micro_batch,  # one part
-            "DEVICE": "cpu",
         } | {name: in_phase(phase, getattr(p3o, name)) for phase, name in STAGES.items()}
-        for name in ("fit_tokens", "self_check", "save_checkpoint"):
+        for name in ("fit_tokens", "save_checkpoint", *(["self_check"] if not real else [])):
             stand_ins[name] = lambda *args: None
         for name, value in stand_ins.items():
             stack.enter_context(patch.object(p3o, name, value))
@@ -265,107 +267,15 @@ def pretend(
             stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
             stack.enter_context(record)
         p3o.run(cfg)
-    return record
 
 
-# ---- CUDA's caching allocator --------------------------------------------------------------
-class OutOfMemory(Exception):
-    pass
-
-
-class Block:
-    def __init__(self, size: int, segment: int, start: int, small: bool) -> None:
-        self.key = size, segment, start  # the best fit is first, then the lowest address
-        self.small = small
-        self.before = self.after = None
-        self.free = True
-
-
-def by_key(block: Block) -> tuple[int, int, int]:
-    return block.key
-
-
-class Allocator:
-    """CUDA's caching allocator as torch documents it, on one stream."""
-
-    def __init__(self, capacity: float = math.inf) -> None:
-        self.capacity = capacity
-        self.reserved = 0
-        self.segments = 0
-        self.free = {True: [], False: []}  # blocks, small and large, sorted
-
-    def allocate(self, size: int) -> Block:
-        size = -(-size // 512) * 512
-        small = size <= 2**20
-        free = self.free[small]
-        at = bisect.bisect_left(free, (size, -1, -1), key=by_key)
-        block = free.pop(at) if at < len(free) else self.segment(size, small)
-        whole, segment, start = block.key
-        if whole - size >= 512 if small else whole - size > 2**20:  # split
-            block.key = size, segment, start
-            rest = Block(whole - size, segment, start + size, small)
-            rest.before, rest.after = block, block.after
-            if rest.after:
-                rest.after.before = rest
-            block.after = rest
-            bisect.insort(free, rest, key=by_key)
-        block.free = False
-        return block
-
-    def segment(self, size: int, small: bool) -> Block:
-        """Reserve 2 MiB for small blocks, 20 MiB for middle ones, else a multiple of 2 MiB."""
-        size = 2**21 if small else 20 * 2**20 if size < 10 * 2**20 else -(-size // 2**21) * 2**21
-        if self.reserved + size > self.capacity:  # give unused segments back
-            for free in self.free.values():
-                for block in [x for x in free if not x.before and not x.after]:
-                    free.remove(block)
-                    self.reserved -= block.key[0]
-        if self.reserved + size > self.capacity:
-            raise OutOfMemory
-        self.reserved += size
-        self.segments += 1
-        return Block(size, self.segments, 0, small)
-
-    def release(self, block: Block) -> None:
-        free = self.free[block.small]
-        block.free = True
-        for other in (block.before, block.after):  # merge with free neighbours
-            if other and other.free:
-                free.remove(other)
-                first, second = (other, block) if other is block.before else (block, other)
-                first.key = first.key[0] + second.key[0], *first.key[1:]
-                first.after = second.after
-                if first.after:
-                    first.after.before = first
-                block = first
-        bisect.insort(free, block, key=by_key)
-
-
-def replay(events: list, capacity: float = math.inf) -> dict[str, tuple[int, int]]:
-    """Return the peaks of each phase: bytes in use, and reserved. Raises OutOfMemory."""
-    allocator = Allocator(capacity)
-    blocks = {}
-    live = 0
-    peaks = defaultdict(lambda: (0, 0))
-    for phase, number, size in events:
-        if size:
-            blocks[number] = allocator.allocate(size), size
-            live += size
-        else:
-            block, size = blocks.pop(number)
-            allocator.release(block)
-            live -= size
-        peaks[phase] = max(peaks[phase][0], live), max(peaks[phase][1], allocator.reserved)
-    return peaks
-
-
+# ---- Tables --------------------------------------------------------------------------------
 def fits(events: list, card: int) -> bool:
     with contextlib.suppress(OutOfMemory):
         return bool(replay(events, card * GB - CONTEXT))
     return False
 
 
-# ---- Tables --------------------------------------------------------------------------------
 def table(*rows: list) -> None:
     """Print a Markdown table, the first row as its head."""
     head, *body = rows
@@ -434,7 +344,8 @@ def main(argv: list[str]) -> None:
             fitting = dict.fromkeys(CARDS, "none")
             for micro_batch in args.micro_batches:
                 cfg = replace(default, iterations=2, inner_epochs=1, micro_batch=micro_batch)
-                record = pretend(cfg, SIZES[name], random)
+                record = Recorder(cfg, random)
+                pretend(cfg, SIZES[name], record)
                 peaks = replay(record.events)
                 most = max(both[1] for both in peaks.values()) / GB
                 sums.append(f"{most:.1f}")
