@@ -121,7 +121,7 @@ from data.preferences import (
 
 GAIN_PROMPTS = 128  # with as many r_1 − r_2, the gain's standard error is about 6 %
 CHECKPOINT_EVERY = 20  # iterations of stage 3
-AT_ONCE = 8  # micro-batches at once where no gradient is needed: together less memory than one
+AT_ONCE = 8  # micro-batches sampled at a time: together less memory than one with its gradients
 ROUNDING = 1e-3  # nats by which two computations of the same log π(y|x) may differ
 STAGES = ("sft", "reward", "p3o")
 LogStep = Callable[[int, dict[str, float]], None]  # is given a step and its metrics
@@ -259,6 +259,7 @@ def sample(
     - Each token is drawn from the whole vocabulary at temperature 1, with the probability that
       `response_logprobs` computes. All draws are independent.
     - A response ends with its first EOS, which is part of it, or after max_tokens tokens.
+    - Raises FloatingPointError if logits are not finite.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n, the n of a prompt together
     responses = [[] for _ in rows]
@@ -560,6 +561,7 @@ def train_reward(
     accuracies = []
     bar = tqdm(batches, "2 reward")
     for step, batch in enumerate(bar):
+        # as in stage 1; a pair is as long as its longer row
         batch.sort(key=lambda one: len(one.prompt) + max(len(one.chosen), len(one.rejected)))
         total = 0.0
         correct = 0
@@ -655,7 +657,7 @@ def train_policy(
         lr = learning_rate(cfg.p3o_lr, iteration, cfg.iterations)
 
         # 1. two responses to each prompt, (B, 2, T); from here on, a pair is one row
-        batches[iteration].sort(key=len)  # as in stage 1
+        batches[iteration].sort(key=len)  # prompts of similar length are sampled together
         ids, response_mask = sample_by_parts(policy, batches[iteration], 2, cfg)
 
         # 2. what stays fixed during the inner epochs, (B, 2) each. old_logprobs is not kept from

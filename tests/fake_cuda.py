@@ -101,9 +101,8 @@ class Kernels(TorchDispatchMode):
 
     def waits(self, func: Any, args: tuple) -> int:
         """Return how often an operator on the GPU waits: to read a value, or to copy an index."""
-        if (
-            func.overloadpacket in INDEXING
-        ):  # what a mask chooses is counted on the GPU, and the number is read
+        if func.overloadpacket in INDEXING:
+            # what a mask chooses is counted on the GPU, and the number is read
             indices = tensors_in(args[1])
             return sum(not on_gpu(index) or index.dtype == torch.bool for index in indices)
         reads = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -1,7 +1,7 @@
 """Try p3o.py on a GPU: all that we want to know from one, in one call of at most eight minutes.
 
-    python tests/on_gpu.py                  # all parts
-    python tests/on_gpu.py phases trl       # some of them
+    python tests/own/on_gpu.py                  # all parts
+    python tests/own/on_gpu.py phases trl       # some of them
 
 Each part runs in a process of its own, with a time limit, so that none can spoil the others. The
 models of 124M have random weights: these parts measure speed, memory and rounding, not learning.
@@ -17,15 +17,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent / "own"))
 import memory
 from allocator import replay
 
 import p3o
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA = p3o.DEVICE == "cuda"
 GB = 2**30
 LIMITS = {"same": 60, "phases": 130, "small": 130, "rounding": 40, "trl": 110}  # seconds
@@ -141,10 +140,8 @@ def phases(shape: tuple[int, int, int] = SHAPE, cfg: p3o.Config = CFG) -> None:
         measured[precision] = Meter()
         memory.pretend(cfg, shape, measured[precision])
         measured[precision].phase = "end"
-        seconds = measured[precision].seconds
-        print(f"{precision}: { ({key: round(value, 2) for key, value in seconds.items()}) }")
+        print(precision, dict(measured[precision].seconds))
     tf32, exact = measured["high"], measured["highest"]
-    print("GB in use and reserved", {k: [x / GB for x in v] for k, v in tf32.peaks.items()})
     record = memory.Recorder(cfg, False)
     memory.pretend(cfg, shape, record)
     counted = replay(record.events)
