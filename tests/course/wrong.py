@@ -138,7 +138,7 @@ for mistake, (solution, says), old, new in entries(r"""
 +chosen_scores - rejected_scores
 # log of the sigmoid
   bradley_terry_loss__classification
-> logsigmoid
+> underflows
 -F.binary_cross_entropy_with_logits(gap, torch.ones_like(gap))
 +-torch.log(torch.sigmoid(gap)).mean()
 # the sum over pairs
