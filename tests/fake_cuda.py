@@ -14,15 +14,11 @@ A sync is a moment at which the host waits for the GPU: a value or a mask is rea
 copied from one side to the other. Syncs are counted by line of p3o.py.
 
 What it cannot see:
-- an operator, a dtype or a size that CUDA does not support; an index out of range (here an
-  IndexError, on CUDA an assert that ends the process);
-- CUDA's own kernels: their rounding, TF32, whether they are deterministic, their speed;
-- random numbers: torch.Generator("cuda") and torch.cuda's seeds and states do not exist here;
-- memory: the allocator, and torch.OutOfMemoryError;
-- what asks torch.cuda itself, such as `DEVICE = "cuda" if torch.cuda.is_available()`; files that
-  torch.save writes say "cpu", so a `map_location` that is missing;
-- streams, pinned memory, several GPUs, and copies with non_blocking=True, which count as syncs;
-- work in other threads.
+- an operator, a dtype or a size that CUDA does not support, or an index out of range;
+- CUDA's kernels: rounding, TF32, whether they are deterministic, speed;
+- torch.cuda, which says that there is no GPU: its generators, its allocator, out of memory;
+- the device in a file: torch.save writes "cpu", and a `map_location` is not missed;
+- streams, pinned memory, several GPUs, other threads; non_blocking=True, which counts as a sync.
 """
 
 import contextlib
@@ -178,8 +174,8 @@ class Calls(TorchFunctionMode):
             args = (GPU if func is Tensor.cuda else CPU,)
         elif args and isinstance(args[0], Tensor):  # .to(other)
             args = (device_of(args[0]), args[0].dtype)
-        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
         here = on_gpu(tensor)
+        device, dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
         there = here if device is None else device.type == "cuda"
         where = None if there else device  # None: where it is; else the CPU, or meta
         self.kernels.count(here != there)

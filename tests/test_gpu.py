@@ -30,10 +30,11 @@ def all_on_the_gpu(name: str):
     plain = getattr(p3o, name)
 
     def checked(*args, **options):
-        given = tensors_of(*args, *options.values())
-        assert all(map(on_gpu, given)), f"{name} is given a CPU tensor or model"
+        given = (*args, *options.values())
+        assert all(map(on_gpu, tensors_of(*given))), f"{name} is given a CPU tensor or model"
         result = plain(*args, **options)
-        assert all(map(on_gpu, tensors_in(result))), f"{name} returns a CPU tensor"
+        left = tensors_of(*given) + tensors_in(result)
+        assert all(map(on_gpu, left)), f"{name} returns or leaves a tensor on the CPU"
         return result
 
     return checked
@@ -42,8 +43,9 @@ def all_on_the_gpu(name: str):
 def test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed(quick, gpu, out, monkeypatch, capsys):
     """A tensor on the CPU would stop a run on CUDA; a model there would make it slow."""
     for name in (
-        *("collate", "sample", "response_logprobs", "reward_scores", "bradley_terry_loss"),
-        *("p3o_loss", "train_sft", "train_reward", "set_gain", "train_policy", "evaluate"),
+        *("collate", "sample", "sample_by_parts", "response_logprobs", "reward_scores"),
+        *("bradley_terry_loss", "p3o_loss"),
+        *("train_sft", "train_reward", "set_gain", "train_policy", "evaluate"),
     ):
         monkeypatch.setattr(p3o, name, all_on_the_gpu(name))
     save_checkpoint = p3o.save_checkpoint

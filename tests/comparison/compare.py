@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -38,7 +39,11 @@ import pandas  # noqa: E402
 import relatives  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 import p3o  # noqa: E402
 from data import judge  # noqa: E402
@@ -77,11 +82,23 @@ JOINT = ("pipeline", "pipeline, equal updates", "AIHF", "AIHF, logistic")
 SHARES = (0.01, 0.03, 0.1, 1.0)
 JOINT_BETAS = (0.05, 0.1, 0.2, 0.4)
 WEIGHTS = (1.0, 0.1, 0.01)  # of AIHF's demonstrations, so AIHF gets three times as many trials
+# The same with good demonstrations: each the best of so many answers, by gold reward. Three trials
+# each on a seed of its own: the weight of AIHF's demonstrations or the pipeline's β
+BEST_OF = 8
+GOOD_PARTS = ("good demonstrations, tuning", "good demonstrations")
+GOOD_METHODS = ("pipeline, equal updates", "AIHF", "AIHF, logistic")
+GOOD_BETAS = (0.1, 0.2, 0.4)
+GOOD_SHARES = (0.01, 0.03, 0.1)
+TUNED_ON = {"tuning": TUNING_SEEDS, "joint tuning": TUNING_SEEDS, GOOD_PARTS[0]: (102,)}
+# Is it the clip of its values that keeps PPO's critic from learning δ(x)? (weight of its loss)
+CRITICS = {"PPO": 1.0, "PPO, no value clip": 1.0, "PPO, no value clip, weight × 10": 10.0}
 EVALUATED = 256  # held-out prompts
 WATCHED_EVERY = 40  # iterations between two measurements of the long run
 PARTS = ("tuning", "frontier", "as tuned", "rate", "staleness", "staleness, one rate", "offset")
-PARTS += ("gaming", "joint tuning", "joint")
+PARTS += ("gaming", "joint tuning", "joint", "value clip", *GOOD_PARTS)
 FIGURES = ("score", "gold", "kl", "win_rate", "finished", "points", "curve")
+# curve: further measurements, by the part: KL, score and gold reward along a long run; of a value
+# clip run, the share of δ(x) that the critic knows; the gold reward of good demonstrations
 
 
 class Trial(NamedTuple):
@@ -94,7 +111,7 @@ class Trial(NamedTuple):
     epochs: int = 2
     iterations: int = 80
     offset: float = 0.0
-    weight: float = 1.0  # of AIHF's demonstrations
+    weight: float = 1.0  # of AIHF's demonstrations; times VALUE_WEIGHT in the part about critics
 
 
 # ---- One run -----------------------------------------------------------------------------
@@ -111,6 +128,48 @@ def pipeline(seed: int) -> Path:
     return out
 
 
+def demonstrated(seed: int) -> Path:
+    """Return the directory of a seed's good demonstrations, and of an SFT model trained on them.
+
+    A demonstration is the best of BEST_OF answers of the pipeline's SFT model, by gold reward. The
+    new SFT model starts from the same weights as the old one did and is trained in the same way.
+    """
+    out = pipeline(seed) / "demonstrated"
+    if not (out / "sft").exists():
+        tokenizer, examples, _, sft, *_ = start_of(seed)
+        out.mkdir(exist_ok=True)
+        torch.manual_seed(seed)
+        demos = best_of(BEST_OF, sft, tokenizer, examples)
+        (out / "chosen.json").write_text(json.dumps([demo.chosen for demo in demos]))
+        cfg = p3o.Config(**p3o.SMALL | dict(seed=seed))
+        torch.manual_seed(seed)
+        policy, _ = p3o.load_base(cfg)
+        p3o.seed_stage(cfg, "sft")
+        p3o.train_sft(policy, demos, cfg, lambda *_: None)
+        p3o.save(out / "sft", policy, tokenizer)
+    return out
+
+
+def best_of(n: int, policy, tokenizer, examples: list) -> list:
+    """Replace each example's chosen answer by the best of n samples, by gold reward."""
+    found = []
+    for i in range(0, len(examples), 64):
+        batch = examples[i : i + 64]
+        prompts = [example.prompt for example in batch]
+        ids, mask = p3o.sample(policy, prompts, n, p3o.SMALL["response_tokens"])  # (b, n, T)
+        for example, rows, masks in zip(batch, ids, mask, strict=True):
+            answers = [row[inside] for row, inside in zip(rows, masks, strict=True)]
+            prompt = example.text.prompt
+            golds = [judge.gold_reward(prompt, text_of(tokenizer, answer)) for answer in answers]
+            best_one = answers[golds.index(max(golds))]
+            found.append(example._replace(chosen=best_one.tolist()))
+    return found
+
+
+def text_of(tokenizer, answer: torch.Tensor) -> str:
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
 def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> torch.Tensor:
     """Return δ(x), (…) from (…, T): a normal number with this standard deviation.
 
@@ -122,8 +181,8 @@ def offset_of(ids: torch.Tensor, response_mask: torch.Tensor, spread: float) -> 
     return spread * table[(ids * before * weights).sum(-1) % len(table)]
 
 
-def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
-    """Train `policy` with one method."""
+def train(trial: Trial, policy, sft, reward_model, examples, log) -> PreTrainedModel | None:
+    """Train `policy` with one method. Returns PPO's critic."""
     options = dict(
         seed=trial.seed,
         beta=trial.beta,
@@ -146,9 +205,13 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
 
     if trial.method == "DPO":
         relatives.train_dpo(policy, sft, examples, cfg, log)
-    elif trial.method == "PPO":
+    elif trial.method in CRITICS:
         critic = copy.deepcopy(reward_model)
-        relatives.train_ppo(policy, sft, score, prompts, cfg, log, critic, gae_lambda=trial.knob)
+        options = dict(gae_lambda=trial.knob, value_weight=trial.weight * relatives.VALUE_WEIGHT)
+        if trial.method != "PPO":
+            options["value_clip"] = math.inf
+        relatives.train_ppo(policy, sft, score, prompts, cfg, log, critic, **options)
+        return critic
     else:
         loss = LOSSES[trial.method]
         if trial.method == "REBEL":
@@ -156,8 +219,26 @@ def train(trial: Trial, policy, sft, reward_model, examples, log) -> None:
         p3o.train_policy(policy, sft, score, loss, prompts, cfg, log)
 
 
-def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
+@torch.no_grad()
+def offset_known(critic, examples: list, spread: float) -> float:
+    """Return the share of δ(x)'s variance, over different prompts, that a critic explains.
+
+    1 if V(x) − δ(x) is the same for all prompts, 0 if it varies as much as δ(x), below 0 if more.
+    """
+    examples = list({tuple(example.prompt): example for example in examples}.values())
+    prompts = [example.prompt for example in examples]
+    ids, mask = p3o.collate(prompts, [example.chosen for example in examples], critic)  # (N, T)
+    first = mask[:, 1:].int().argmax(-1)  # (N,): the state before the first token of the answer
+    values = relatives.token_values(critic, ids, mask).gather(1, first[:, None])[:, 0]  # (N,)
+    delta = offset_of(ids, mask, spread)  # (N,)
+    return (1 - (values - delta).var() / delta.var()).item()
+
+
+def train_on_few(trial: Trial, policy, sft, out: Path, demos, examples, log) -> None:
     """Train reward model and policy with a share of the preferences, but all demonstrations.
+
+    Preferences are those of `examples`, demonstrations the chosen answers of `demos`. `out` has
+    the SFT model.
 
     AIHF updates the reward model as often as the policy. The pipeline trains its reward model
     first: for two epochs, as p3o.py does, or with the same number of updates as AIHF.
@@ -172,7 +253,7 @@ def train_on_few(trial: Trial, policy, sft, out: Path, examples, log) -> None:
         exact = trial.method == "AIHF"
         models = (policy, sft, reward_model)
         options = dict(exact=exact, demo_weight=trial.weight)
-        relatives.train_jointly(*models, examples, preferences, cfg, log, **options)
+        relatives.train_jointly(*models, demos, preferences, cfg, log, **options)
         return
     epochs = 2
     if trial.method == "pipeline, equal updates":
@@ -198,7 +279,7 @@ def answer_all(policy, sft, reward_model, tokenizer, examples) -> dict[str, list
             found["score"] += p3o.reward_scores(reward_model, ids, mask).flatten().tolist()
         found["finished"] += p3o.finished(policy, ids, mask).flatten().tolist()
         for example, row, inside in zip(batch, ids, mask, strict=True):
-            text = tokenizer.decode(row[inside], skip_special_tokens=True)
+            text = text_of(tokenizer, row[inside])
             found["gold"].append(judge.gold_reward(example.text.prompt, text))
     return found
 
@@ -226,11 +307,26 @@ def start_of(seed: int) -> tuple:
     return tokenizer, examples, heldout, sft, reward_model, answers
 
 
+@functools.lru_cache(1)
+def good_start_of(seed: int) -> tuple:
+    """Return a seed's good demonstrations, SFT model and its answers, and their directory."""
+    out = demonstrated(seed)
+    tokenizer, examples, heldout, _, reward_model, _ = start_of(seed)
+    chosen = json.loads((out / "chosen.json").read_text())
+    pairs = zip(examples, chosen, strict=True)
+    demos = [example._replace(chosen=answer) for example, answer in pairs]
+    sft = p3o.load(out / "sft")
+    return demos, sft, answer_all(sft, sft, reward_model, tokenizer, heldout), out
+
+
 def run(trial: Trial) -> dict:
     """Train and evaluate one policy; return its row: the trial and its figures."""
     tokenizer, examples, heldout, sft, reward_model, first = start_of(trial.seed)
-    out = pipeline(trial.seed)
+    demos, out = examples, pipeline(trial.seed)
+    if trial.part in GOOD_PARTS:
+        demos, sft, first, out = good_start_of(trial.seed)
     policy = p3o.load(out / "sft")
+    critic = None
     curve = []
 
     def log(step: int, row: dict) -> None:
@@ -243,9 +339,16 @@ def run(trial: Trial) -> dict:
     torch.manual_seed(trial.seed)
     with contextlib.suppress(FloatingPointError):  # diverged: evaluate the policy as it is
         if trial.method in JOINT:
-            train_on_few(trial, policy, sft, out, examples, log)
-        else:
-            train(trial, policy, sft, reward_model, examples, log)
+            train_on_few(trial, policy, sft, out, demos, examples, log)
+        elif trial.method != "SFT":
+            critic = train(trial, policy, sft, reward_model, examples, log)
+    if trial.part == "value clip" and trial.offset and critic:  # None if it diverged
+        curve = [offset_known(critic, some, trial.offset) for some in (examples, heldout)]
+    if trial.method == "SFT":
+        golds = [
+            judge.gold_reward(demo.text.prompt, text_of(tokenizer, demo.chosen)) for demo in demos
+        ]
+        curve = [statistics.mean(golds)]
     mine = answer_all(policy, sft, reward_model, tokenizer, heldout)
     row = trial._asdict()
     for key in ("score", "gold", "kl", "finished"):
@@ -310,6 +413,12 @@ def tuned_joint(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
     return best(rows.gold, rows, "beta", "weight")
 
 
+def best_good(rows: pandas.DataFrame) -> dict[str, tuple[float, float]]:
+    """Return β and weight of each way to learn from good demonstrations: the best gold reward."""
+    rows = rows[rows.part == "good demonstrations, tuning"]
+    return best(rows.gold, rows, "beta", "weight")
+
+
 def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Trial]:
     """Return all trials of a part, seed by seed."""
     found = []
@@ -330,6 +439,29 @@ def trials(part: str, rows: pandas.DataFrame, seeds: tuple[int, ...]) -> list[Tr
         for seed, method, share in itertools.product(seeds, JOINT, SHARES):
             beta, weight = settings[method]
             found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
+        return found
+    if part == "good demonstrations, tuning":
+        few = GOOD_SHARES[1]
+        for method, (beta, weight) in tuned_joint(rows).items():
+            if method in GOOD_METHODS:
+                base = Trial(part, method, TUNED_ON[part][0], beta, 2e-3, few, weight=weight)
+                if method.startswith("AIHF"):
+                    found += [base._replace(weight=other) for other in WEIGHTS]
+                else:
+                    found += [base._replace(beta=other) for other in GOOD_BETAS]
+        return found
+    if part == "good demonstrations":
+        settings = best_good(rows)
+        for seed in seeds:
+            found.append(Trial(part, "SFT", seed, BETA, 0.0, 0.0, iterations=0))
+            for share, (method, (beta, weight)) in itertools.product(GOOD_SHARES, settings.items()):
+                found.append(Trial(part, method, seed, beta, 2e-3, share, weight=weight))
+        return found
+    if part == "value clip":
+        lr, knob = tuned(rows)["PPO"]
+        for seed, offset, method in itertools.product(seeds, (0.0, 10.0), CRITICS):
+            base = Trial(part, method, seed, BETA, lr, knob, offset=offset)
+            found.append(base._replace(weight=CRITICS[method]))
         return found
     done = keys_of(rows)
     for seed, (method, (lr, knob)) in itertools.product(seeds, tuned(rows).items()):
@@ -365,9 +497,12 @@ def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
     The two tunings come first, then each seed with all its parts.
     """
     rows = read_rows()
-    needed = list(seeds)
-    if any("tuning" in part and missing(part, rows, seeds) for part in parts):
-        needed += TUNING_SEEDS
+    needed = set(seeds)
+    for part, some in TUNED_ON.items():
+        # without rows of the tuning before, the next one has no trials yet
+        if part in parts and (part not in set(rows.part) or missing(part, rows, seeds)):
+            needed |= set(some)
+    needed = sorted(needed)
     lost = [seed for seed in needed if seed in set(rows.seed) and not made(seed)]
     if lost:
         # Retrained models would differ by rounding, and their scores would have another zero.
@@ -381,6 +516,9 @@ def run_all(parts: Sequence[str], seeds: tuple[int, ...]) -> None:
     with ProcessPoolExecutor(os.cpu_count(), context) as pool:
         list(tqdm(pool.map(pipeline, needed), "pipelines", len(needed)))
         for part, some in steps:
+            if part in GOOD_PARTS:
+                left = {trial.seed for trial in missing(part, read_rows(), some)}
+                list(tqdm(pool.map(demonstrated, left), "demonstrations", len(left)))
             futures = [pool.submit(run, trial) for trial in missing(part, read_rows(), some)]
             name = part if "tuning" in part else f"{part}, seed {some[0]}"
             for future in tqdm(as_completed(futures), name, len(futures)):
@@ -409,7 +547,8 @@ def cell(values: Sequence[float], layout: str = "+.2f") -> str:
 
 def as_tuned(rows: pandas.DataFrame) -> numpy.ndarray:
     """Return which rows are tuned runs at BETA with nothing changed; one per method and seed."""
-    found = rows[rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA)]
+    value_clip = (rows.part == "value clip") & (rows.method == "PPO") & (rows.offset == 0)
+    found = rows[rows.part.isin(("frontier", "as tuned")) & (rows.beta == BETA) | value_clip]
     return rows.index.isin(found.drop_duplicates(["method", "seed"]).index)
 
 
@@ -425,7 +564,7 @@ def part_of(rows: pandas.DataFrame, part: str) -> pandas.DataFrame:
         zero = rows[middle].groupby("seed")[figure].mean()
         rows[figure] -= rows.seed.map(zero)
     found = rows.part == part
-    if part not in ("frontier", "joint"):
+    if part not in ("frontier", "joint", *GOOD_PARTS):
         found |= middle & rows.seed.isin(rows[found].seed)
     return rows[found]
 
@@ -511,9 +650,49 @@ def by(rows: pandas.DataFrame, part: str, column: str, figure: str) -> str:
     table = defaultdict(dict)
     for (method, value), found in part_of(rows, part).groupby(["method", column]):
         table[method][value] = cell(found[figure], "6.2f")
-    methods = [method for method in (*METHODS, *JOINT) if method in table]
+    order = dict.fromkeys((*METHODS, *CRITICS, "SFT", *JOINT))
+    methods = [method for method in order if method in table]
     table = {NAMES.get(method, method): table[method] for method in methods}
     return pandas.DataFrame(table).T.fillna("").sort_index(axis=1).to_string()
+
+
+def critic_gaps(rows: pandas.DataFrame) -> dict[str, tuple[list[float], list[float]]]:
+    """Return what score − β KL changes by δ(x), by critic: two lists with one value per seed.
+
+    First against the same critic without δ(x), then against PPO as tuned with the same δ(x).
+    """
+    rows = rows[rows.part == "value clip"].assign(reached=reached(rows))
+    found = rows.pivot_table("reached", "seed", ["method", "offset"])
+    gaps = {}
+    for method in CRITICS:
+        bases = (found[method, 0.0], found["PPO", 10.0])
+        gaps[method] = tuple(list((found[method, 10.0] - base).dropna()) for base in bases)
+    return gaps
+
+
+def offset_shares(rows: pandas.DataFrame) -> dict[str, list[list[float]]]:
+    """Return the share of δ(x) that each critic knows: on training prompts, on held-out ones.
+
+    By method, two lists with one value per seed.
+    """
+    rows = rows[(rows.part == "value clip") & (rows.curve != "")].sort_values("seed")
+    found = {}
+    for method in CRITICS:
+        curves = rows[rows.method == method].curve
+        pairs = [[float(value) for value in curve.split()] for curve in curves]
+        found[method] = [list(values) for values in zip(*pairs, strict=True)]
+    return found
+
+
+def good_gaps(rows: pandas.DataFrame, share: float, base: str) -> dict[str, list[float]]:
+    """Return the gold reward with this share of the preferences, minus that of another method.
+
+    Of the runs with good demonstrations. SFT, another base, uses no preferences. By method, one
+    value per seed, in the order of the seeds.
+    """
+    rows = rows[(rows.part == "good demonstrations") & rows.knob.isin((0.0, share))]
+    golds = rows.pivot_table("gold", "seed", "method")
+    return {method: list((golds[method] - golds[base]).dropna()) for method in GOOD_METHODS}
 
 
 def summary(rows: pandas.DataFrame) -> str:
@@ -555,9 +734,27 @@ def show(rows: pandas.DataFrame) -> None:
     tables += [("rate", "lr", "reached"), ("staleness", "epochs", "reached")]
     tables += [("offset", "offset", "reached")]
     tables += [("joint", "knob", "gold"), ("joint", "knob", "kl")]  # knob: share of preferences
+    tables += [("value clip", "offset", f) for f in ("reached", "gold", "kl", "win_rate")]
+    tables += [("good demonstrations", "knob", f) for f in ("gold", "kl", "win_rate")]
     for part, column, figure in tables:
         if part in have:
             print(f"\n{part}: {figure} by {column}\n{by(rows, part, column, figure)}")
+    if "value clip" in have:
+        print("\nscore − β KL with δ(x): minus that without; minus PPO's as tuned")
+        for method, gaps in critic_gaps(rows).items():
+            print(f"  {method:32}" + "   ".join(cell(values) for values in gaps))
+        print("\nshare of δ(x) that PPO's critic knows: training prompts, held-out prompts")
+        for method, shares in offset_shares(rows).items():
+            print(f"  {method:32}" + "   ".join(cell(values) for values in shares))
+    if "good demonstrations" in have:
+        sft = rows[(rows.part == "good demonstrations") & (rows.method == "SFT")]
+        golds = cell([float(curve) for curve in sft.curve], ".2f")
+        print(f"\ngold reward of the good demonstrations: {golds}")
+        print("gold reward minus that of SFT on them; minus the pipeline's")
+        for share in GOOD_SHARES:
+            above_sft = good_gaps(rows, share, "SFT")
+            for method, gaps in good_gaps(rows, share, GOOD_METHODS[0]).items():
+                print(f"  {share:4.0%}  {method:24}{cell(above_sft[method])}   {cell(gaps)}")
     for kl in (1.0, 2.0):
         print(f"\nabove P3O (V2) at a KL of {kl:g}: score, gold reward")
         scores = frontier_gaps(rows, kl, "score")

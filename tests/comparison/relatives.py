@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 import p3o
 
 VALUE_WEIGHT = 0.1  # of the critic's loss in PPO
+VALUE_CLIP = 0.2  # how far a value may move on one batch of samples before its gradient stops
 
 
 def metrics_of(log_ratio: Tensor, q: Tensor, stopped: Tensor) -> dict[str, Tensor]:
@@ -128,7 +129,18 @@ def gae(rewards: Tensor, values: Tensor, discount: float) -> Tensor:
     return torch.stack(columns, -1).flip(-1)
 
 
-def train_ppo(policy, reference, score, prompts, cfg, log, critic, gae_lambda=0.95) -> None:
+def train_ppo(
+    policy,
+    reference,
+    score,
+    prompts,
+    cfg,
+    log,
+    critic,
+    gae_lambda=0.95,
+    value_clip=VALUE_CLIP,
+    value_weight=VALUE_WEIGHT,
+) -> None:
     """PPO with a critic (Ouyang et al. 2022): the prompts, samples and updates of train_policy.
 
     Each token is an action. Its reward is −β (log π_old − log π_ref); the last token gets the score
@@ -177,11 +189,11 @@ def train_ppo(policy, reference, score, prompts, cfg, log, critic, gae_lambda=0.
                     log_ratio = logprobs - old_logprobs[part]
                     objective, stopped = clipped(log_ratio, advantages[part], cfg.clip_range)
                     values = token_values(critic, ids[part], response_mask[part])
-                    moved = (values - old_values[part]).clamp(-cfg.clip_range, cfg.clip_range)
+                    moved = (values - old_values[part]).clamp(-value_clip, value_clip)
                     error = (values - returns[part]).square()
                     clipped_error = (old_values[part] + moved - returns[part]).square()
                     value_loss = 0.5 * torch.maximum(error, clipped_error)
-                    loss = (VALUE_WEIGHT * value_loss - objective)[here].sum() / tokens
+                    loss = (value_weight * value_loss - objective)[here].sum() / tokens
                     loss.backward()
                     row["policy/clipfrac"] += (stopped[here].sum() / tokens).item()
                     row["loss/value"] += (value_loss[here].sum() / tokens).item()

@@ -225,7 +225,8 @@ def assert_same_parameters(*pairs) -> None:
             assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_ppos_updates_are_those_of_its_equations(monkeypatch):
+@pytest.mark.parametrize(("value_clip", "value_weight"), [(0.2, 0.1), (math.inf, 1.0)])
+def test_ppos_updates_are_those_of_its_equations(value_clip, value_weight, monkeypatch):
     """Two updates by hand on the same samples, away from the reference; the second is clipped."""
     monkeypatch.setattr(p3o, "make_optimizer", sgd)
     reference, policy, critic = toy_model(1), toy_model(0), toy_critic()
@@ -234,7 +235,10 @@ def test_ppos_updates_are_those_of_its_equations(monkeypatch):
     prompts = TOY_PROMPTS * 16
     mine, mine_critic = copy.deepcopy(policy), copy.deepcopy(critic)
     torch.manual_seed(0)
-    relatives.train_ppo(policy, reference, even_share, prompts, cfg, nothing, critic)
+    options = dict(value_clip=value_clip, value_weight=value_weight)
+    if value_weight == 0.1:
+        options = {}  # the defaults
+    relatives.train_ppo(policy, reference, even_share, prompts, cfg, nothing, critic, **options)
 
     torch.manual_seed(0)
     (batch,) = p3o.shuffled(prompts, 32, 1)
@@ -257,12 +261,13 @@ def test_ppos_updates_are_those_of_its_equations(monkeypatch):
         ratio = (p3o.response_logprobs(mine, ids, mask) - old).exp()
         objective = torch.minimum(whitened * ratio, whitened * ratio.clamp(0.8, 1.2))
         values = relatives.token_values(mine_critic, ids, mask)
-        near = values.clamp(old_values - 0.2, old_values + 0.2)
+        near = values.clamp(old_values - value_clip, old_values + value_clip)
         errors = torch.stack([(values - returns).square(), (near - returns).square()])
-        loss = (0.1 * 0.5 * errors.amax(0) - objective)[inside].mean()
+        loss = (value_weight * 0.5 * errors.amax(0) - objective)[inside].mean()
         loss.backward()
         p3o.gradient_step(both, optimizer, cfg.p3o_lr)
-    assert (errors[0] != errors[1]).any(), "the value clip is active"
+    active = (errors[0] != errors[1]).any()
+    assert active == (value_clip == 0.2), "the value clip is active, where there is one"
     assert_same_parameters((policy, mine), (critic, mine_critic))
 
 

@@ -445,6 +445,14 @@ p3o.py
   test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
 -for row in rows], device=model.device)  # (N, 1)
 +for row in rows])  # (N, 1)
+# random numbers stay on the CPU
+  test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
+-torch.rand(len(rows), max_tokens, dtype=torch.float64).to(model.device)
++torch.rand(len(rows), max_tokens, dtype=torch.float64)
+# indices of a minibatch copied to the GPU again and again
+  test_a_step_waits_for_the_gpu_no_more_often
+-torch.randperm(cfg.pairs).to(ids.device).split
++torch.randperm(cfg.pairs).split
 # log-probs scattered into CPU zeros
   test_the_whole_run_is_on_the_gpu_also_when_it_is_resumed
 -picked.new_zeros(is_target.shape)

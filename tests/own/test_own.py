@@ -318,7 +318,7 @@ def test_micro_batches_and_an_offset_of_the_reward_change_nothing(run, tmp_path)
         ends.append(flat(trainer.model))
     assert (ends[0] - start).abs().max() > 1e-2
     assert torch.allclose(ends[1], ends[0], atol=1e-4)
-    assert torch.allclose(ends[2], ends[0], atol=1e-5)
+    assert torch.allclose(ends[2], ends[0], atol=1e-4)  # r + δ rounds in fp32
 
 
 @trl_warns
