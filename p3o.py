@@ -294,7 +294,7 @@ def sample(
         cdf = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
         point = points[:, step, None] * cdf[:, -1:]  # (N, 1)
         input_ids = torch.searchsorted(cdf, point, right=True)  # (N, 1)
-        drawn = input_ids.flatten().tolist()  # the only wait for a GPU in a step
+        drawn = input_ids.flatten().tolist()  # waits for a GPU
         if max(drawn) == cdf.shape[1]:  # past the vocabulary, where NaN points
             raise FloatingPointError("logits are not finite; resume with a lower learning rate")
         for row, token in zip(unfinished, drawn, strict=True):
