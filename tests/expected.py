@@ -105,3 +105,37 @@ def stopped_by_clip(batch: Batch, clip: str, beta: float = BETA) -> Tensor:
     too_high = (advantage > 0) & (ratio > 1 + EPS)
     too_low = (advantage < 0) & (ratio < 1 - EPS)
     return too_high | too_low
+
+
+def diagnosis(batch: Batch, loss: float, clip: str, beta: float, eps: float, c: float) -> str:
+    """Return which mistake gives this loss, if it is a usual one."""
+    log_ratios = (batch.logprobs - batch.old).tolist()  # (B, 2)
+    right = q_of(batch, beta)
+    stale = q_of(batch._replace(logprobs=batch.old), beta)
+
+    def mean(q: Tensor, form: str = clip, flip: bool = False, **bounds: float) -> float:
+        total = 0.0
+        for now, push in zip(log_ratios, q.tolist(), strict=True):
+            held = now[::-1] if flip else now
+            total += objective_by_hand(now, held, push, form, **(dict(eps=eps, c=c) | bounds))
+        return total / len(log_ratios)
+
+    mistakes = {
+        "h is π_old's, but should be π's": -mean(stale),
+        "the KL term has the wrong sign": -mean(q_of(batch, -beta)),
+        "it is L, but should be −L": mean(right),
+        "it is a sum over pairs, but should be a mean": -mean(right) * len(log_ratios),
+        "the ½ is missing": -2 * mean(right),
+        "ε is not clip_range, but the default": -mean(right, eps=EPS),
+        "the bound c is missing": -mean(right, c=math.inf),
+        "c is not ratio_bound, but the default": -mean(right, c=BOUND),
+        "a response weighs its own ρ̄, not its partner's": -mean(right, flip=True),
+        "ρ_1 ρ_2 has a bound, which eq. (3) does not have": -mean(
+            right, form="joint", eps=math.inf
+        ),
+    }
+    wanted = f"the loss should be −L of eq. {dict(none='(3)', joint='(4)', separate='(5)')[clip]}"
+    for mistake, value in mistakes.items():
+        if math.isclose(loss, value, rel_tol=1e-9):
+            return f"{wanted}: {mistake}"
+    return f"{wanted}, the mean over pairs; h is π's, not π_old's"

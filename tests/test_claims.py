@@ -17,6 +17,7 @@ from expected import (
     EPS,
     Batch,
     along_G,
+    diagnosis,
     gap,
     objective_by_hand,
     q_of,
@@ -251,7 +252,10 @@ def test_the_pairwise_policy_gradient_is_the_policy_gradient_on_and_off_policy(s
     bandit = random_bandit(8, spread)
     found = expected_gradient(bandit, beta=0.0, clip="none")
     right = close(found, exact_gradient(bandit, beta=0.0))
-    assert right, "pairs from π_old weigh ρ_1 ρ_2 in the gradient ½ (r_1 − r_2) ∇ log(π_1/π_2)"
+    assert right, (
+        "pairs from π_old weigh ρ_1 ρ_2 in the gradient ½ (r_1 − r_2) ∇ log(π_1/π_2), and that "
+        "weight is a constant: it carries no gradient"
+    )
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])
@@ -307,9 +311,7 @@ def test_the_loss_is_minus_the_mean_objective_of_the_equations(clip, spread):
     for now, q in zip(log_ratios, q_of(batch, beta=0.07).tolist(), strict=True):
         total += objective_by_hand(now, now, q, clip, eps=0.25, c=5.0)
     right = loss.item() == pytest.approx(-total / 64, rel=1e-12)
-    assert right, (
-        "the loss should be −L of eq. (4) or (5), the mean over pairs; h is π's, not π_old's"
-    )
+    assert right, diagnosis(batch, loss.item(), clip, beta=0.07, eps=0.25, c=5.0)
 
 
 @p3o_loss
@@ -317,7 +319,8 @@ def test_the_loss_is_minus_the_mean_objective_of_the_equations(clip, spread):
 def test_at_the_sampling_policy_every_variant_is_half_q_times_G(clip):
     """Ratios are 1 and u = 0 lies inside the box: V1 = V2 = PPG with clipping on, with its ½."""
     batch = random_batch(12, 0.0)
-    assert close(pushes(batch, clip=clip), along_G(0.5 * q_of(batch)))
+    right = close(pushes(batch, clip=clip), along_G(0.5 * q_of(batch)))
+    assert right, f"{clip}: not ½ q at ρ = 1: does q, or ρ̄ of the partner, carry a gradient?"
 
 
 @p3o_loss

@@ -426,7 +426,8 @@ def train_policy__helpers(policy, reference, score, loss_fn, prompts, cfg, log, 
 
     def backward(k, share):
         new = total(policy, ids[k], mask[k])
-        first.append((new.detach() - old[k]).abs().max() < 1e-3)
+        for fixed in (old, ref):
+            first.append((new.detach() - fixed[k]).abs().max() < 1e-3)
         arguments = (new, old[k], ref[k], r[k])
         loss, metrics = loss_fn(*arguments, **options)
         torch.mul(loss, share).backward()
