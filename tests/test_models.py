@@ -234,6 +234,18 @@ def test_the_librarys_own_forward_gives_the_same_score(tiny):
 
 
 @pytest.mark.problem_4
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_scores_are_in_float32_whatever_the_models_dtype(tiny, dtype):
+    model = copy.deepcopy(tiny[1]).to(dtype)
+    ids, mask = batch(tiny)
+    with torch.no_grad():
+        found = p3o.reward_scores(model, ids, mask)
+        expected = p3o.reward_scores(tiny[1], ids, mask)
+    assert found.dtype == torch.float32, "the scores should be in float32"
+    assert torch.allclose(found, expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.problem_4
 def test_hidden_states_other_than_the_last_tokens_do_not_reach_the_score(tiny):
     reward_model = tiny[1]
     ids, mask = batch(tiny)
