@@ -229,7 +229,20 @@ def test_the_librarys_own_forward_gives_the_same_score(tiny):
     ids, mask = batch(tiny)
     with torch.no_grad():
         librarys = tiny[1](ids).logits[:, 0]
-        assert torch.allclose(p3o.reward_scores(tiny[1], ids, mask), librarys, atol=1e-5)
+        same = torch.allclose(p3o.reward_scores(tiny[1], ids, mask), librarys, atol=1e-5)
+    assert same, "it is not model.score of the hidden state at the response's last token"
+
+
+@pytest.mark.problem_4
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_scores_are_in_float32_whatever_the_models_dtype(tiny, dtype):
+    model = copy.deepcopy(tiny[1]).to(dtype)
+    ids, mask = batch(tiny)
+    with torch.no_grad():
+        found = p3o.reward_scores(model, ids, mask)
+        expected = p3o.reward_scores(tiny[1], ids, mask)
+    assert found.dtype == torch.float32, "the scores should be in float32"
+    assert torch.allclose(found, expected, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.problem_4
@@ -270,13 +283,16 @@ def test_samples_keep_their_prompt_are_padded_on_the_right_and_stop_at_their_fir
             length = sum(covered)
             response = row[start : start + length]
             assert row[:start] == prompt, "a response follows the wrong prompt"
-            assert covered == [start <= t < start + length for t in range(len(row))]
+            assert length > 0, "a response has no token: is a drawn pad token left out of the mask?"
+            whole = covered == [start <= t < start + length for t in range(len(row))]
+            assert whole, "the mask has a hole: a drawn pad token is a token of the response, too"
             assert EOS not in response[:-1], "a token after EOS counts as response"
             ended = response[-1] == EOS
             assert ended or length == LONGEST, "EOS is not in the response, or it stops too early"
             assert set(row[start + length :]) <= {PAD}
             ends.add((length, ended))
-    assert len(ends) == 4  # lengths 1, 2 and 3 by EOS, and 3 by the limit
+    ways = "lengths 1, 2 and 3 by EOS, and 3 by the limit"
+    assert len(ends) == 4, f"{ends} of {ways}: are some tokens never drawn, as with top-p?"
 
 
 @pytest.mark.problem_3
@@ -366,6 +382,7 @@ def test_a_data_pair_and_a_sample_with_the_same_text_are_the_same_input(toy):
     assert not mask[..., width:].any(), "only padding may follow the longest row"
 
 
+@pytest.mark.padding
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_sampling_by_parts_changes_no_draw(toy, monkeypatch, micro_batch):
     """So that --micro-batch saves memory in sampling, too, and changes no update."""
@@ -387,6 +404,7 @@ def test_sampling_by_parts_changes_no_draw(toy, monkeypatch, micro_batch):
     assert max(at_once) == 8 * micro_batch and sum(at_once) == 20 * len(TOY_PROMPTS)
 
 
+@pytest.mark.padding
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_not_finite_stop_the_sampling(toy, value):
     model = copy.deepcopy(toy)

@@ -224,6 +224,7 @@ def test_the_mask_covers_the_response_and_its_eos_and_nothing_else(tiny):
     prompts = [example.prompt for example in examples]
     chosen = [example.chosen for example in examples]
     ids, mask = p3o.collate(prompts, chosen, tiny[0])
+    assert mask.dtype == torch.bool, "response_mask should be boolean"
     for row, covered, example in zip(ids.tolist(), mask.tolist(), examples, strict=True):
         start = len(example.prompt)
         end = len(example.prompt) + len(example.chosen)

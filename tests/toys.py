@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from expected import by_hand
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -119,18 +120,6 @@ def every_response() -> list[list[int]]:
     for length in range(LONGEST):
         responses += [[*row, EOS] for row in unended(length)]
     return responses + unended(LONGEST)
-
-
-def by_hand(prompts: list[list[int]], responses: list[list[int]], pad: int):
-    """Return ids and response_mask, (N, T), without `collate`, which may not be solved yet."""
-    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, len(prompts[number]) : len(row)] = True
-    return ids, mask
 
 
 def toy_batch(prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

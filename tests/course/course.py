@@ -18,10 +18,13 @@ Test a file with `python -m pytest -q tests --file mine.py`, and one problem wit
 
 import argparse
 import ast
+import base64
 import json
 import re
 import shutil
 import sys
+import textwrap
+import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -146,6 +149,21 @@ def without_answers(notebook: dict) -> tuple[dict, str]:
     return notebook | {"cells": cells}, page
 
 
+def scrambled(code: str) -> str:
+    """Return a file that does what the code does, and that nobody reads by accident."""
+    packed = base64.b64encode(zlib.compress(code.encode(), 9)).decode()
+    lines = "".join(f'    "{line}"\n' for line in textwrap.wrap(packed, 90))
+    return f'''"""What the tests compare with. It holds much of problems 1 and 6."""
+
+import base64
+import zlib
+
+CODE = (
+{lines})
+exec(zlib.decompress(base64.b64decode(CODE)))
+'''
+
+
 WORKFLOW_HEAD = """\
 # GitHub Classroom: one step for each problem. Each tests the whole file, so a problem that uses an
 # unsolved one fails, too
@@ -205,6 +223,7 @@ def handout(folder: Path) -> None:
     shutil.copytree(ROOT / "data", student / "data", ignore=ignored)
     for file in ("conftest.py", "toys.py", "problems.py"):
         shutil.copy(TESTS / file, student / "tests")
+    (student / "tests" / "expected.py").write_text(scrambled((TESTS / "expected.py").read_text()))
     (student / "tests" / "requirements.txt").write_text("\n".join(requirements()) + "\n")
     for file in files_with(r"mark\.problem_"):
         shutil.copy(file, student / "tests")

@@ -183,7 +183,7 @@ def reward_scores__rows(model, ids, response_mask):
     for row, mask in zip(ids.flatten(0, -2), response_mask.flatten(0, -2), strict=True):
         end = mask.nonzero().max().item() + 1
         hidden = model.base_model(row[None, :end]).last_hidden_state[0, -1]
-        scores.append(model.score(hidden.float()))
+        scores.append(model.score(hidden))
     return torch.cat(scores).float().view(ids.shape[:-1])
 
 
@@ -191,7 +191,7 @@ def reward_scores__flip(model, ids, response_mask):
     mask = response_mask.flatten(0, -2)
     last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     hidden = model.base_model(ids.flatten(0, -2))[0]
-    return F.linear(hidden[last].float(), model.score.weight.float()).view(ids.shape[:-1])
+    return F.linear(hidden[last], model.score.weight).float().view(ids.shape[:-1])
 
 
 # ---- 5 -------------------------------------------------------------------------------------
@@ -426,7 +426,8 @@ def train_policy__helpers(policy, reference, score, loss_fn, prompts, cfg, log, 
 
     def backward(k, share):
         new = total(policy, ids[k], mask[k])
-        first.append((new.detach() - old[k]).abs().max() < 1e-3)
+        for fixed in (old, ref):
+            first.append((new.detach() - fixed[k]).abs().max() < 1e-3)
         arguments = (new, old[k], ref[k], r[k])
         loss, metrics = loss_fn(*arguments, **options)
         torch.mul(loss, share).backward()

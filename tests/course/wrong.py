@@ -54,6 +54,11 @@ for mistake, (solution, says), old, new in entries(r"""
 > from the first response token to EOS
 -torch.zeros(len(p))
 +torch.ones(len(p))
+# a mask of integers
+  collate__fill
+> boolean
+-dtype=torch.bool
++dtype=torch.long
 # log-probs read at the token itself
   response_logprobs__gather
 > one position earlier
@@ -96,6 +101,16 @@ for mistake, (solution, says), old, new in entries(r"""
 > frequencies are off
 -token = (logits + noise).argmax(-1)
 +token = (2 * logits + noise).argmax(-1)
+# only the likeliest nine tenths
+  sample__generate
+> top-p
+-        top_p=1.0,
++        top_p=0.9,
+# a drawn pad token left out of the mask
+  sample__gumbel
+> drawn pad token
+-kept.append(~done)
++kept.append(~done & (token != pad))
 # pairs tiled: y_1 of all prompts, then y_2
   sample__without_cache
 > follows the wrong prompt
@@ -138,7 +153,7 @@ for mistake, (solution, says), old, new in entries(r"""
 +chosen_scores - rejected_scores
 # log of the sigmoid
   bradley_terry_loss__classification
-> logsigmoid
+> underflows
 -F.binary_cross_entropy_with_logits(gap, torch.ones_like(gap))
 +-torch.log(torch.sigmoid(gap)).mean()
 # the sum over pairs
@@ -158,12 +173,12 @@ for mistake, (solution, says), old, new in entries(r"""
 +(logprobs - ref_logprobs) * sign
 # the KL of the sampling policy
   p3o_loss__one_response_at_a_time
-> not π_old
+> h is π_old's, but should be π's
 -h = (logprobs - ref_logprobs).detach()
 +h = (old_logprobs - ref_logprobs).detach()
 # the KL of the wrong sign
   p3o_loss
-> of eq. (4) or (5)
+> wrong sign
 -.detach() - beta * (h[:, 0] - h[:, 1])
 +.detach() + beta * (h[:, 0] - h[:, 1])
 # L minimised instead of −L
@@ -176,6 +191,38 @@ for mistake, (solution, says), old, new in entries(r"""
 > ρ_1 ρ_2
 -both = (l1 + l2).exp().detach()
 +both = torch.ones_like(l1)
+# no bound on V2's weight
+  p3o_loss__two_columns
+> c is missing
+-        w = both.clamp(1 / ratio_bound, ratio_bound)
++        w = both
+# no bound on V1's weights
+  p3o_loss__one_response_at_a_time
+> c is missing
+-push = push * other.clip(1 / ratio_bound, ratio_bound)
++push = push * other
+# V1: its own ratio as weight
+  p3o_loss__signs
+> own ρ̄, not its partner's
+-bounded[:, [1, 0]]
++bounded
+# V1: the partner's weight with a gradient
+  p3o_loss__signs
+> carry a gradient
+-bounded = ratio.detach().clamp(1 / ratio_bound, ratio_bound)
++bounded = ratio.clamp(1 / ratio_bound, ratio_bound)
+# the weight bounded where nothing is clipped
+  p3o_loss__one_response_at_a_time
+> has a bound
+-        push = q * torch.exp(moved.detach().sum(1))
+-        u = cut
++        push = q * torch.exp(moved.detach().sum(1)).clip(1 / ratio_bound, ratio_bound)
++        u = cut
+# V2: the weight with a gradient
+  p3o_loss__two_columns
+> carries no gradient
+-both = (l1 + l2).exp().detach()
++both = (l1 + l2).exp()
 # scores whitened
   p3o_loss__two_columns
 > whitening
@@ -218,6 +265,11 @@ for mistake, (solution, says), old, new in entries(r"""
 > pairs' scores
 -                        r[k],
 +                        r[torch.arange(len(k))],
+# no self-check
+  train_policy__lists
+> self_check
+-                        self_check("ratio = 1 and KL = 0 before the first update", drift < 1e-3)
++                        pass
 # samples from the reference
   train_policy__lists
 > references_log_probs
@@ -225,7 +277,7 @@ for mistake, (solution, says), old, new in entries(r"""
 +ids, mask = sample(reference, chosen
 # the policy as its own reference
   train_policy
-> not the reference's
+> reference_is_another_model
 -sequence_logprobs(reference, *part)
 +sequence_logprobs(policy, *part)
 # π_old computed anew at every update
