@@ -200,7 +200,7 @@ def collate(
     """Join each prompt to its response, both token ids; pad on the right with the model's pad.
 
     Returns ids and response_mask, both (N, T) on the model's device, T the longest row's length.
-    response_mask is True on every response token, EOS included, and False everywhere else.
+    response_mask is a boolean tensor: True on every response token, EOS included, else False.
     """
     rows = []
     masks = []
@@ -258,7 +258,8 @@ def sample(
 
     - Each token is drawn from the whole vocabulary at temperature 1, with the probability that
       `response_logprobs` computes. All draws are independent.
-    - A response ends with its first EOS, which is part of it, or after max_tokens tokens.
+    - A response ends with its first EOS, which is part of it, or after max_tokens tokens. Until
+      then a pad token that is drawn is part of it, too, like any other token.
     - Raises FloatingPointError if logits are not finite.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n, the n of a prompt together
@@ -347,7 +348,7 @@ def response_logprobs(model: PreTrainedModel, ids: Tensor, response_mask: Tensor
     """
     is_target = response_mask[..., 1:]  # (…, T−1): column t: is token t+1 a response token?
     # argmax returns the first maximum of the cumsum, so the last True of each row
-    end = is_target.cumsum(-1).argmax(-1).max() + 1  # nothing after it is computed
+    end = int(is_target.cumsum(-1).argmax(-1).max()) + 1  # nothing after it is computed
     out = model.base_model(ids.flatten(0, -2)[:, :end], use_cache=False)
     hidden = out.last_hidden_state  # (N, end, D)
     used = hidden[is_target.flatten(0, -2)[:, :end]]  # (R, D), R response tokens in all
@@ -368,6 +369,7 @@ def reward_scores(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) ->
     - The score is `model.score` of the hidden state at that token, EOS if the response has one.
       `model.base_model` is called as in `response_logprobs`.
     - Other hidden states are not used. They may hold anything, even NaN.
+    - The result is in fp32, whatever the model's dtype.
     """
     last = response_mask.flatten(0, -2).cumsum(-1).argmax(-1)  # (N,): the last True
     end = last.max() + 1
@@ -397,6 +399,8 @@ def finished(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tens
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """Return the mean of −log σ(r_w − r_l) in nats: (B,), (B,) → scalar (Bradley & Terry 1952).
 
+    The loss and its gradient are finite at any margin.
+
     >>> bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0]))
     tensor(0.3133)
     >>> bradley_terry_loss(torch.tensor([102.0]), torch.tensor([101.0]))  # δ = 100 on both
@@ -425,7 +429,8 @@ def p3o_loss(
 
     - clip="joint" is P3O (V2), "separate" is P3O (V1). "none" is L = E ½ q sg[ρ_1 ρ_2] u, whose
       gradient is ∇J exactly, also off-policy. Others raise ValueError.
-    - Only `logprobs` gets a gradient.
+    - Only `logprobs` gets a gradient: q, w and ρ̄ are constants. No input is changed in place.
+    - ρ_1 ρ_2 has no bound with "none".
     - In V1 a ρ above e^20, far beyond a healthy run, counts as e^20 and gets no gradient. Its
       gradient contains ρ itself, which overflows in fp32 at e^89.
     - Metrics, detached: policy/clipfrac, the share of pairs (V1: of responses) whose gradient
@@ -633,8 +638,10 @@ def train_policy(
       cfg.minibatch of them, on the gradient of their mean loss, accumulated over micro-batches
       of cfg.micro_batch pairs.
     - `loss_fn` gets cfg's beta, clip and clip_range as keywords.
-    - No dropout and no weight decay. Before the first update, `self_check` confirms ratio = 1
-      and KL = 0, up to rounding: at most 1e-3 nats on a CPU.
+    - No dropout and no weight decay. Before the first update, `self_check` stops the run unless
+      log π differs from log π_old and from log π_ref by less than ROUNDING (1e-3 nats on a CPU)
+      on each response of the first minibatch. The check may use other pairs, too.
+    - `score` may be called on some of the pairs at a time.
     - log(t, metrics) is called once an iteration. loss_fn's metrics, loss/policy and
       policy/grad_norm are means over all updates, each weighted by its number of pairs. Means
       over the sampled responses: objective/scores, objective/kl (log π_old − log π_ref),
@@ -960,9 +967,9 @@ def save_checkpoint(
     path: Path, iteration: int, policy: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> None:
     """Save everything that stage 3 needs to resume as if it had not been stopped."""
-    state = policy.state_dict(), optimizer.state_dict(), torch.get_rng_state()
+    state = iteration, policy.state_dict(), optimizer.state_dict(), torch.get_rng_state()
     with appears_whole(path) as file:
-        torch.save((iteration, *state), file)
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path, policy: PreTrainedModel, optimizer: torch.optim.Optimizer) -> int:

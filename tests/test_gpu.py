@@ -80,13 +80,13 @@ def test_each_form_of_the_loss_is_on_the_gpu(clip, gpu):
 @pytest.mark.parametrize(
     "stage, one_more, options, most",
     [
-        ("sft", "update", dict(epochs=2), 12),
-        ("sft", "micro-batch", dict(micro_batch=4), 8),
+        ("sft", "update", dict(epochs=2), 11),
+        ("sft", "micro-batch", dict(micro_batch=4), 7),
         ("reward", "update", dict(epochs=2), 9),
         ("reward", "micro-batch", dict(micro_batch=4), 6),
-        ("p3o", "update", dict(inner_epochs=2), 10),
+        ("p3o", "update", dict(inner_epochs=2), 9),
         ("p3o", "sampled token", dict(response_tokens=4), 2),
-        ("p3o", "iteration", dict(iterations=2), 48),
+        ("p3o", "iteration", dict(iterations=2), 45),
     ],
 )
 def test_a_step_waits_for_the_gpu_no_more_often(stage, one_more, options, most, tiny, gpu):
