@@ -49,7 +49,7 @@ E ½ q ∇ log(π(y_1|x)/π(y_2|x)). But our pairs were sampled some updates ago
 The loss is −L, and L has two forms. Both have gradient (3) as long as nothing is clipped. The
 paper calls them V1 and V2, and finds V2 steadier, so V2 is the default. As in PPO, ε = 0.2
 limits how far an update may go. Ratios that only weigh, w and ρ̄ = clip(ρ, 1/c, c), are
-clipped by c = 10, so that no pair dominates an update or drops out of it.
+clipped by c = 10, so that no pair dominates an update, or drops out of it, by its weight.
 
     (4)  V2, clip="joint", acts on u = log(ρ_1/ρ_2). As π_old is fixed, ∇u = ∇ log(π(y_1)/π(y_2)):
          L = E ½ min( q w u,  q w clip(u, −ε, ε) )             w = sg[ clip(ρ_1 ρ_2, 1/c, c) ]
@@ -819,6 +819,8 @@ def report(
 # ---- The run -------------------------------------------------------------------------------
 def run(cfg: Config) -> None:
     """Run each stage that is not finished yet, then evaluate."""
+    if cfg.small:  # matrices as small as these gain little from more threads
+        torch.set_num_threads(1)
     torch.manual_seed(cfg.seed)
     policy, tokenizer = load_base(cfg)
     started = first_start(cfg.out)
@@ -864,10 +866,7 @@ def run(cfg: Config) -> None:
         with appears_whole(out / "summary.json") as file:
             file.write_text(json.dumps(summary, indent=2))
 
-        print(f"Models, metrics and summary.json are in {out}. Each stage took:")
-        for stage in STAGES:
-            rows = map(json.loads, (out / f"{stage}.jsonl").read_text().splitlines())
-            print(f"  {stage:6} {sum(row['seconds'] for row in rows):6.0f} s")
+        print(f"Models, metrics and summary.json are in {out}.")
         asked = heldout[0].text.messages or heldout[0].text.prompt
         print("To use the policy, in Python:\n  from transformers import pipeline")
         print(f"  pipeline('text-generation', '{out / 'p3o'}')({asked!r})")
