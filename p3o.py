@@ -260,7 +260,7 @@ def sample(
       `response_logprobs` computes. All draws are independent.
     - A response ends with its first EOS, which is part of it, or after max_tokens tokens. Until
       then a pad token that is drawn is part of it, too, like any other token.
-    - Raises FloatingPointError if logits are not finite.
+    - Raises FloatingPointError if logits are not finite, for a row that has no EOS yet.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n, the n of a prompt together
     responses = [[] for _ in rows]
@@ -319,7 +319,7 @@ def sample(
 def sample_by_parts(
     model: PreTrainedModel, prompts: list[list[int]], n: int, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Return what `sample` returns, (B, n, T); only some of the rows are in memory at a time."""
+    """Return what `sample` returns, (B, n, T), with only some of the rows in memory at a time."""
     rows = []
     masks = []
     for part in parts(prompts, AT_ONCE * cfg.micro_batch):
@@ -638,10 +638,10 @@ def train_policy(
       cfg.minibatch of them, on the gradient of their mean loss, accumulated over micro-batches
       of cfg.micro_batch pairs.
     - `loss_fn` gets cfg's beta, clip and clip_range as keywords.
-    - No dropout and no weight decay. Before the first update, `self_check` stops the run unless
-      log π differs from log π_old and from log π_ref by less than ROUNDING (1e-3 nats on a CPU)
-      on each response of the first minibatch. The check may use other pairs, too.
-    - `score` may be called on some of the pairs at a time.
+    - No dropout and no weight decay. Before the first `gradient_step`, `self_check` stops the run
+      if the log π that this step's loss was computed from is ROUNDING (1e-3 nats on a CPU) or
+      more away from log π_old or log π_ref, on any response of the first minibatch.
+    - `sample` and `score` may be called on some of the pairs at a time.
     - log(t, metrics) is called once an iteration. loss_fn's metrics, loss/policy and
       policy/grad_norm are means over all updates, each weighted by its number of pairs. Means
       over the sampled responses: objective/scores, objective/kl (log π_old − log π_ref),

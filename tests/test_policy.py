@@ -104,6 +104,15 @@ def test_the_ratio_is_against_the_sampling_policy_and_moves_during_the_inner_ste
 
 
 # ---- The self-check ------------------------------------------------------------------------
+def assert_stopped(why: str, *arguments) -> None:
+    try:
+        run_policy(*arguments)
+    except AssertionError as error:
+        assert "check failed" in str(error), error
+    else:
+        pytest.fail(f"self_check should stop the run before its first step: {why}")
+
+
 @pytest.mark.problem_8
 def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, prompts, fresh):
     """Less than half a nat is enough to be noticed."""
@@ -115,8 +124,8 @@ def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, promp
         gap -= p3o.sequence_logprobs(reference, ids, mask)
     assert 0.001 < gap.abs().max() < 0.5
     cfg = small(iterations=1, pairs=8, minibatch=8, response_tokens=8)
-    with pytest.raises(AssertionError, match="check failed"):
-        run_policy(tiny[0], reference, length_score, prompts, cfg)
+    why = "π_ref is another model than the policy"
+    assert_stopped(why, tiny[0], reference, length_score, prompts, cfg)
 
 
 @pytest.mark.problem_8
@@ -140,8 +149,8 @@ def test_the_self_check_stops_a_run_whose_ratio_is_not_1(toy, updating, rows):
 
     policy.base_model.register_forward_hook(disturb)
     cfg = small(iterations=1, pairs=64, minibatch=64, micro_batch=64, response_tokens=LONGEST)
-    with pytest.raises(AssertionError, match="check failed"):
-        run_policy(policy, toy, length_score, TOY_PROMPTS * 64, cfg)
+    why = "the log π that its loss is computed from is not log π_old, on one response or more"
+    assert_stopped(why, policy, toy, length_score, TOY_PROMPTS * 64, cfg)
 
 
 # ---- The loss and the metrics --------------------------------------------------------------

@@ -96,8 +96,9 @@ def test_every_stage_turns_dropout_off(tiny, model_of, stage):
 
 
 @every_stage
-def test_micro_batches_change_memory_and_not_the_update(tiny, model_of, stage):
+def test_micro_batches_change_memory_and_not_the_update(tiny, model_of, stage, monkeypatch):
     """In float64, all at once, one at a time, and four with two left over give the same."""
+    monkeypatch.setattr(p3o, "AT_ONCE", 12)  # all sampled at once: this is about the updates
     sizes = dict(batch=6, epochs=1, iterations=2, pairs=12, minibatch=6, response_tokens=6)
     reference = model_of("policy").double()
 

@@ -153,7 +153,7 @@ def scrambled(code: str) -> str:
     """Return a file that does what the code does, and that nobody reads by accident."""
     packed = base64.b64encode(zlib.compress(code.encode(), 9)).decode()
     lines = "".join(f'    "{line}"\n' for line in textwrap.wrap(packed, 90))
-    return f'''"""What the tests compare with. It holds much of problems 1 and 6."""
+    return f'''"""Much of a problem's answer, in a form that nobody reads by accident."""
 
 import base64
 import zlib
@@ -223,7 +223,8 @@ def handout(folder: Path) -> None:
     shutil.copytree(ROOT / "data", student / "data", ignore=ignored)
     for file in ("conftest.py", "toys.py", "problems.py"):
         shutil.copy(TESTS / file, student / "tests")
-    (student / "tests" / "expected.py").write_text(scrambled((TESTS / "expected.py").read_text()))
+    for path in (Path("tests/expected.py"), Path("data/models.py")):
+        (student / path).write_text(scrambled((ROOT / path).read_text()))
     (student / "tests" / "requirements.txt").write_text("\n".join(requirements()) + "\n")
     for file in files_with(r"mark\.problem_"):
         shutil.copy(file, student / "tests")
