@@ -42,6 +42,18 @@ def collate__pad_twice(prompts, responses, model):
     return ids.to(model.device), mask.to(model.device)
 
 
+def collate__columns(prompts, responses, model):
+    starts = torch.tensor([len(prompt) for prompt in prompts])  # (N,)
+    ends = starts + torch.tensor([len(response) for response in responses])  # (N,)
+    column = torch.arange(int(ends.max()))  # (T,)
+    filled = column < ends[:, None]  # (N, T)
+    response_mask = filled & (column >= starts[:, None])  # (N, T)
+    rows = zip(prompts, responses, strict=True)
+    tokens = torch.tensor([token for row in rows for part in row for token in part])
+    ids = torch.full(filled.shape, model.config.pad_token_id).masked_scatter(filled, tokens)
+    return ids.to(model.device), response_mask.to(model.device)
+
+
 # ---- 2 -------------------------------------------------------------------------------------
 def response_logprobs__gather(model, ids, response_mask):
     shape = ids.shape
@@ -80,6 +92,24 @@ def response_logprobs__one_hot(model, ids, response_mask):
     out = torch.zeros(wanted.shape, device=ids.device)
     out[wanted] = picked
     return out.view(*ids.shape[:-1], -1)
+
+
+def response_logprobs__columns(model, ids, response_mask):
+    def last_hidden(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Return the hidden states (N, T', H) up to the last column that has a response token."""
+        column = torch.arange(ids.shape[-1], device=ids.device)
+        used = int(torch.where(response_mask, column, 0).max()) + 1
+        return model.base_model(ids[:, :used], use_cache=False).last_hidden_state
+
+    shape = *ids.shape[:-1], ids.shape[-1] - 1
+    ids, response_mask = ids.flatten(0, -2), response_mask.flatten(0, -2)  # (N, T)
+    rows, columns = response_mask[:, 1:].nonzero(as_tuple=True)  # (M,) each, M predicted tokens
+    hidden = last_hidden(model, ids, response_mask)[rows, columns]  # (M, H)
+    logits = model.get_output_embeddings()(hidden).float()  # (M, V)
+    chosen = ids[rows, columns + 1][:, None]  # (M, 1)
+    logprobs = F.log_softmax(logits, -1).gather(-1, chosen).squeeze(-1)  # (M,)
+    result = logprobs.new_zeros(len(ids), shape[-1])  # (N, T−1)
+    return result.index_put((rows, columns), logprobs).view(shape)
 
 
 # ---- 3 -------------------------------------------------------------------------------------
@@ -168,6 +198,116 @@ def sample__gumbel(model, prompts, n, max_tokens):
     return torch.stack(rows).view(shape), torch.stack(masks).view(shape)
 
 
+def sample__columns(model, prompts, n, max_tokens):
+    def draw(logits: Tensor) -> Tensor:
+        """Draw a token from each row's softmax by inverting its distribution: (R, V) → (R,).
+
+        The uniform numbers come from the CPU's generator, which a checkpoint of stage 3 restores.
+        """
+        cdf = F.softmax(logits.float(), -1).double().cumsum(-1)  # (R, V)
+        u = torch.rand(len(logits), 1, dtype=torch.float64).to(logits.device) * cdf[:, -1:]
+        # the first token whose cdf exceeds u, which is never one of probability 0
+        return torch.searchsorted(cdf, u, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+    device = model.device
+    pad, eos = model.config.pad_token_id, model.config.eos_token_id
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
+    width = int(lengths.max())
+    column = torch.arange(width + max_tokens, device=device)  # (W,) of the left-padded buffer
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+    ids = torch.full((len(prompts), len(column)), pad, device=device)  # (B, W)
+    is_prompt = (column >= width - lengths[:, None]) & (column < width)  # (B, W)
+    ids = ids.masked_scatter(is_prompt, tokens).repeat_interleave(n, 0)  # (R, W), R = B·n
+    lengths = lengths.repeat_interleave(n)  # (R,)
+    shift = width - lengths[:, None]  # (R, 1), the padding on the left
+    attended = (column >= shift).long()  # (R, W), by place and not by id: a pad may be drawn
+    positions = (column - shift).clamp(min=0)  # (R, W), from 0 as in `response_logprobs`
+
+    live = torch.ones_like(lengths, dtype=torch.bool)  # (R,), has no EOS yet
+    drawn = torch.zeros_like(lengths)  # (R,), the response's length so far
+    cache = None
+    begin = 0
+    for end in range(width, width + max_tokens):
+        output = model.base_model(
+            ids[:, begin:end],
+            attention_mask=attended[:, :end],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        logits = model.get_output_embeddings()(output.last_hidden_state[:, -1])  # (R, V)
+        if not (logits.isfinite() | ~live[:, None]).all():
+            raise FloatingPointError("logits are not finite; resume with a lower learning rate")
+        token = draw(logits)  # (R,)
+        ids[:, end] = torch.where(live, token, pad)
+        drawn += live
+        live = live & (token != eos)
+        if not live.any():
+            break
+        begin = end
+
+    ends = (lengths + drawn)[:, None]  # (R, 1)
+    column = torch.arange(int(ends.max()), device=device)  # (T,) of the right-padded rows
+    source = (column + shift).clamp(max=ids.shape[1] - 1)  # (R, T)
+    ids = torch.where(column < ends, ids.gather(1, source), pad)  # (R, T)
+    response_mask = (column >= lengths[:, None]) & (column < ends)  # (R, T)
+    shape = len(prompts), n, -1
+    return ids.view(shape), response_mask.view(shape)
+
+
+def sample__library(model, prompts, n, max_tokens):
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    class FiniteLogits(LogitsProcessor):
+        """Passes the logits on as they are, unless one of them is not finite."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            if not torch.isfinite(scores).all():
+                raise FloatingPointError(
+                    "the model's logits are not finite; nothing can be sampled"
+                )
+            return scores
+
+    @contextlib.contextmanager
+    def generation_config_of(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+        """Let `config` alone rule `generate`: what a checkpoint's own says would fill its gaps."""
+        own = model.generation_config
+        model.generation_config = config
+        try:
+            yield
+        finally:
+            model.generation_config = own
+
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    prompt_ids = left(rows, padding_value=model.config.pad_token_id).to(model.device)  # (B, P)
+    attention_mask = left([torch.ones_like(row) for row in rows]).to(model.device)
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,  # the library's default is 50
+        top_p=1.0,
+        num_return_sequences=n,
+        max_new_tokens=max_tokens,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
+    with generation_config_of(model, plain):
+        output = model.generate(
+            prompt_ids,
+            attention_mask=attention_mask,
+            logits_processor=LogitsProcessorList([FiniteLogits()]),
+        )
+    drawn = output[:, prompt_ids.shape[1] :]  # (B·n, ≤ max_tokens)
+    ends = (drawn == model.config.eos_token_id).long()
+    lengths = (ends.cumsum(-1) - ends == 0).sum(-1)  # tokens with no EOS before them
+    responses = [row[:k] for row, k in zip(drawn.tolist(), lengths.tolist(), strict=True)]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    ids, response_mask = collate(repeated, responses, model)  # (B·n, T)
+    return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
+
+
 # ---- 4 -------------------------------------------------------------------------------------
 def reward_scores__gather(model, ids, response_mask):
     flat = ids.reshape(-1, ids.shape[-1])
@@ -192,6 +332,22 @@ def reward_scores__flip(model, ids, response_mask):
     last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
     hidden = model.base_model(ids.flatten(0, -2))[0]
     return F.linear(hidden[last], model.score.weight).float().view(ids.shape[:-1])
+
+
+def reward_scores__columns(model, ids, response_mask):
+    def last_hidden(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Return the hidden states (N, T', H) up to the last column that has a response token."""
+        column = torch.arange(ids.shape[-1], device=ids.device)
+        used = int(torch.where(response_mask, column, 0).max()) + 1
+        return model.base_model(ids[:, :used], use_cache=False).last_hidden_state
+
+    shape = ids.shape[:-1]
+    ids, response_mask = ids.flatten(0, -2), response_mask.flatten(0, -2)  # (N, T)
+    column = torch.arange(ids.shape[-1], device=ids.device)
+    last = torch.where(response_mask, column, 0).amax(-1)  # (N,)
+    row = torch.arange(len(ids), device=ids.device)
+    hidden = last_hidden(model, ids, response_mask)[row, last]  # (N, H)
+    return model.score(hidden).squeeze(-1).float().view(shape)
 
 
 # ---- 5 -------------------------------------------------------------------------------------
@@ -319,6 +475,101 @@ def p3o_loss__one_response_at_a_time(
     return -objective.mean(), metrics
 
 
+def p3o_loss__columns(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    scores,
+    *,
+    beta,
+    clip="joint",
+    clip_range=0.2,
+    ratio_bound=10.0,
+):
+    if clip not in ("joint", "separate", "none"):
+        raise ValueError(f"clip must be joint, separate or none, not {clip!r}")
+    contrast = logprobs.new_tensor([1.0, -1.0])  # · (B, 2) → y_1 minus y_2
+    h = logprobs.detach() - ref_logprobs.detach()  # (B, 2)
+    r_gap = scores.detach().diff(dim=-1).neg().squeeze(-1)  # (B,)
+    h_gap = h.diff(dim=-1).neg().squeeze(-1)  # (B,)
+    q = r_gap - beta * h_gap  # (B,)
+    log_ratio = logprobs - old_logprobs.detach()  # (B, 2), log ρ
+
+    if clip == "separate":
+        ratio = log_ratio.clamp(max=20).exp()  # (B, 2), no gradient above e^20
+        bounded = ratio.detach().clamp(1 / ratio_bound, ratio_bound)  # (B, 2), ρ̄
+        push = torch.einsum("b,k->bk", q, contrast)  # (B, 2), q for y_1 and −q for y_2
+        low, high = 1 - clip_range, 1 + clip_range
+        stopped = (push > 0) & (ratio > high) | (push < 0) & (ratio < low)  # (B, 2)
+        moved = torch.where(stopped, ratio.detach().clamp(low, high), ratio)  # (B, 2), the min's
+        objective = (push * bounded.flip(-1) * moved).sum(-1)  # (B,)
+    else:
+        ratio = log_ratio.exp()
+        u = log_ratio @ contrast  # (B,)
+        weight = log_ratio.detach().sum(-1).exp()  # (B,), ρ_1 ρ_2
+        stopped = torch.zeros_like(q, dtype=torch.bool)
+        if clip == "joint":
+            weight = weight.clamp(1 / ratio_bound, ratio_bound)
+            stopped = (q > 0) & (u > clip_range) | (q < 0) & (u < -clip_range)  # (B,)
+        moved = torch.where(stopped, u.detach().clamp(-clip_range, clip_range), u)  # the min's
+        objective = q * weight * moved  # (B,)
+
+    metrics = {
+        "policy/clipfrac": stopped.float().mean(),
+        "policy/approxkl": (log_ratio.square() / 2).mean(),
+        "policy/ratio": ratio.mean(),
+        "objective/q": q.abs().mean(),
+    }
+    return -(objective / 2).mean(), {name: value.detach() for name, value in metrics.items()}
+
+
+def p3o_loss__library(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    scores,
+    *,
+    beta,
+    clip="joint",
+    clip_range=0.2,
+    ratio_bound=10.0,
+):
+    log_ratios = logprobs - old_logprobs.detach()  # log ρ, (B, 2)
+    h = logprobs - ref_logprobs
+    # r_1 − r_2 first: a large δ(x) then costs no more precision than it must
+    q = ((scores[:, 0] - scores[:, 1]) - beta * (h[:, 0] - h[:, 1])).detach()  # (B,)
+    bound = math.log(ratio_bound)
+    ratios = log_ratios.exp()
+
+    if clip in ("joint", "none"):
+        u = log_ratios[:, 0] - log_ratios[:, 1]
+        log_weight = log_ratios.detach().sum(-1)  # log(ρ_1 ρ_2): bounded there, no overflow
+        if clip == "joint":
+            weight = log_weight.clamp(-bound, bound).exp()
+            free = q * weight * u
+            clipped = q * weight * u.clamp(-clip_range, clip_range)
+        else:
+            free = clipped = q * log_weight.exp() * u
+        per_pair = torch.minimum(free, clipped)
+    elif clip == "separate":
+        ratios = log_ratios.clamp(max=20).exp()
+        partner = ratios.detach().clamp(1 / ratio_bound, ratio_bound).flip(-1)  # ρ̄_2, ρ̄_1
+        push = torch.stack([q, -q], -1) * partner  # (B, 2)
+        free = push * ratios
+        clipped = push * ratios.clamp(1 - clip_range, 1 + clip_range)
+        per_pair = torch.minimum(free, clipped).sum(-1)
+    else:
+        raise ValueError(f"clip must be joint, separate or none, not {clip!r}")
+
+    metrics = {
+        "policy/clipfrac": (free > clipped).float().mean(),
+        "policy/approxkl": 0.5 * log_ratios.square().mean(),
+        "policy/ratio": ratios.mean(),
+        "objective/q": q.abs().mean(),
+    }
+    return -0.5 * per_pair.mean(), {name: value.detach() for name, value in metrics.items()}
+
+
 # ---- 7 -------------------------------------------------------------------------------------
 def set_gain__all_at_once(model, policy, prompts, cfg):
     ids, mask = sample(policy, prompts, 2, cfg.response_tokens)
@@ -354,6 +605,18 @@ def set_gain__by_variance(model, policy, prompts, cfg):
     factor = 0.5 / deviation
     model.score.weight.copy_(model.score.weight * factor)
     return factor
+
+
+def set_gain__columns(model, policy, prompts, cfg):
+    ids, response_mask = sample_by_parts(policy, prompts, 2, cfg)  # (B, 2, T)
+    size = AT_ONCE * cfg.micro_batch
+    batches = zip(ids.split(size), response_mask.split(size), strict=True)
+    scores = torch.cat([reward_scores(model, *part) for part in batches])  # (B, 2)
+    rms = scores.double().diff(dim=-1).square().mean().sqrt().item()
+    if rms == 0 or not math.isfinite(rms):
+        raise FloatingPointError(f"r_1 − r_2 has root mean square {rms}; change --reward-lr")
+    model.score.weight.mul_(1 / rms)
+    return 1 / rms
 
 
 # ---- 8 -------------------------------------------------------------------------------------
@@ -528,3 +791,197 @@ def train_policy__by_dataset(policy, reference, score, loss_fn, prompts, cfg, lo
         metrics["response/length"] = mask.float().sum(-1).mean().item()
         metrics["response/finished"] = finished(policy, ids, mask).float().mean().item()
         log(step, metrics)
+
+
+def train_policy__columns(policy, reference, score, loss_fn, prompts, cfg, log, checkpoint=None):
+    policy.eval()
+    reference.eval()
+    batches = shuffled(prompts, cfg.pairs, cfg.iterations)
+    optimizer = make_optimizer([{"params": policy.parameters(), "weight_decay": 0.0}])
+    optimizer.zero_grad()
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        start = load_checkpoint(checkpoint, policy, optimizer)
+
+    bar = tqdm(range(start, cfg.iterations), "3 P3O   ", initial=start, total=cfg.iterations)
+    for iteration in bar:
+        lr = learning_rate(cfg.p3o_lr, iteration, cfg.iterations)
+        # rows of similar length are sampled and computed together
+        batch = sorted(batches[iteration], key=len)
+        ids, response_mask = sample_by_parts(policy, batch, 2, cfg)  # (P, 2, T)
+        with torch.no_grad():
+            size = cfg.micro_batch
+            measured = [
+                torch.stack([sequence_logprobs(policy, *part), sequence_logprobs(reference, *part)])
+                for part in zip(ids.split(size), response_mask.split(size), strict=True)
+            ]  # (2, b, 2) each
+            old_logprobs, ref_logprobs = torch.cat(measured, 1)  # (P, 2) each
+            scores = torch.cat(
+                [
+                    score(*part)
+                    for part in zip(ids.split(size), response_mask.split(size), strict=True)
+                ]
+            )  # (P, 2)
+        widths = response_mask.sum((1, 2))  # (P,), how long a pair's responses are
+        sums = defaultdict(float)
+        updates = [
+            minibatch
+            for _ in range(cfg.inner_epochs)
+            for minibatch in torch.randperm(len(batch)).to(ids.device).split(cfg.minibatch)
+        ]
+        for update, minibatch in enumerate(updates):
+            minibatch = minibatch[widths[minibatch].argsort()]
+            gaps = []
+            for part in minibatch.split(cfg.micro_batch):
+                logprobs = sequence_logprobs(policy, ids[part], response_mask[part])  # (b, 2)
+                loss, metrics = loss_fn(
+                    logprobs,
+                    old_logprobs[part],
+                    ref_logprobs[part],
+                    scores[part],
+                    beta=cfg.beta,
+                    clip=cfg.clip,
+                    clip_range=cfg.clip_range,
+                )
+                (loss * len(part) / len(minibatch)).backward()
+                for name, value in {**metrics, "loss/policy": loss.detach()}.items():
+                    sums[name] += value * len(part)
+                known = torch.stack([old_logprobs[part], ref_logprobs[part]])  # (2, b, 2)
+                gaps.append((logprobs.detach() - known).abs())
+            if iteration == 0 and update == 0:
+                holds = bool((torch.cat(gaps, 1) < ROUNDING).all())
+                self_check("log π is log π_old and log π_ref before the first update", holds)
+            sums["policy/grad_norm"] += gradient_step(policy, optimizer, lr) * len(minibatch)
+
+        means = {name: float(value) / len(batch) / cfg.inner_epochs for name, value in sums.items()}
+        sampled = {
+            "objective/scores": scores,
+            "objective/kl": old_logprobs - ref_logprobs,
+            "objective/entropy": -old_logprobs,
+            "response/length": response_mask.sum(-1),
+            "response/finished": finished(policy, ids, response_mask),
+        }  # (P, 2) each
+        means |= {name: values.float().mean().item() for name, values in sampled.items()}
+        log(iteration, means)
+        bar.set_postfix(score=means["objective/scores"], kl=means["objective/kl"])
+        if checkpoint is not None and (iteration + 1) % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, iteration + 1, policy, optimizer)
+
+
+def train_policy__library(policy, reference, score, loss_fn, prompts, cfg, log, checkpoint=None):
+    from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+    @dataclass
+    class Pairs:
+        """Sampled pairs, and what stays the same while they are trained on."""
+
+        ids: Tensor  # (B, 2, T)
+        response_mask: Tensor  # (B, 2, T)
+        old_logprobs: Tensor  # (B, 2), as the rest
+        ref_logprobs: Tensor
+        scores: Tensor
+
+        def __len__(self) -> int:
+            return len(self.ids)
+
+        def __getitem__(self, which: list[int]) -> "Pairs":
+            return Pairs(*(getattr(self, f.name)[which] for f in fields(self)))
+
+        def micro_batches(self, size: int) -> Iterator["Pairs"]:
+            for which in parts(list(range(len(self))), size):
+                yield self[which]
+
+        def minibatches(self, size: int, epochs: int) -> Iterator["Pairs"]:
+            for _ in range(epochs):
+                for which in BatchSampler(RandomSampler(range(len(self))), size, drop_last=False):
+                    yield self[which]
+
+        def logprobs(self, model: PreTrainedModel) -> Tensor:
+            return sequence_logprobs(model, self.ids, self.response_mask)
+
+        def metrics(self, model: PreTrainedModel) -> dict[str, float]:
+            values = {
+                "objective/scores": self.scores,
+                "objective/kl": self.old_logprobs - self.ref_logprobs,
+                "objective/entropy": -self.old_logprobs,
+                "response/length": self.response_mask.sum(-1),
+                "response/finished": finished(model, self.ids, self.response_mask),
+            }
+            return {name: value.float().mean().item() for name, value in values.items()}
+
+    class Means:
+        """Weighted means of whatever is added, by name."""
+
+        def __init__(self) -> None:
+            self.sums: dict[str, float] = defaultdict(float)
+            self.weights: dict[str, float] = defaultdict(float)
+
+        def add(self, weight: float, **values: Tensor | float) -> None:
+            for name, value in values.items():
+                self.sums[name] += weight * float(value)
+                self.weights[name] += weight
+
+        def result(self) -> dict[str, float]:
+            return {name: total / self.weights[name] for name, total in self.sums.items()}
+
+    @torch.no_grad()
+    def sample_pairs(
+        policy: PreTrainedModel,
+        reference: PreTrainedModel,
+        score: Callable[[Tensor, Tensor], Tensor],
+        prompts: list[list[int]],
+        cfg: Config,
+    ) -> Pairs:
+        ids, response_mask = sample_by_parts(policy, prompts, 2, cfg)
+        loader = DataLoader(TensorDataset(ids, response_mask), batch_size=cfg.micro_batch)
+        measured = [
+            (sequence_logprobs(policy, *part), sequence_logprobs(reference, *part), score(*part))
+            for part in loader
+        ]
+        return Pairs(ids, response_mask, *map(torch.cat, zip(*measured, strict=True)))
+
+    def check_start(logprobs: Tensor, pairs: Pairs) -> None:
+        """Before the first update, π as it is trained is what sampled, and what it is held to."""
+        for name, other in (("old", pairs.old_logprobs), ("ref", pairs.ref_logprobs)):
+            near = bool(((logprobs - other).abs() < ROUNDING).all())  # False on NaN
+            self_check(f"log π starts at log π_{name}", near)
+
+    policy.eval()
+    reference.eval()
+    batches = shuffled(prompts, cfg.pairs, cfg.iterations)
+    optimizer = make_optimizer([{"params": policy.parameters(), "weight_decay": 0.0}])
+    optimizer.zero_grad()
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        start = load_checkpoint(checkpoint, policy, optimizer)
+    bar = tqdm(range(start, cfg.iterations), "3 P3O   ", initial=start, total=cfg.iterations)
+    for t in bar:
+        batch = sorted(batches[t], key=len)  # prompts of similar length are sampled together
+        pairs = sample_pairs(policy, reference, score, batch, cfg)
+        lr = learning_rate(cfg.p3o_lr, t, cfg.iterations)
+        means = Means()
+        for update, minibatch in enumerate(pairs.minibatches(cfg.minibatch, cfg.inner_epochs)):
+            trained = []
+            for part in minibatch.micro_batches(cfg.micro_batch):
+                logprobs = part.logprobs(policy)  # (b, 2)
+                trained.append(logprobs.detach())
+                loss, metrics = loss_fn(
+                    logprobs,
+                    part.old_logprobs,
+                    part.ref_logprobs,
+                    part.scores,
+                    beta=cfg.beta,
+                    clip=cfg.clip,
+                    clip_range=cfg.clip_range,
+                )
+                (loss * len(part) / len(minibatch)).backward()  # this part's share of the mean
+                means.add(len(part), **metrics, **{"loss/policy": loss.detach()})
+            if t == update == 0:
+                check_start(torch.cat(trained), minibatch)
+            norm = gradient_step(policy, optimizer, lr)
+            means.add(len(minibatch), **{"policy/grad_norm": norm})
+        metrics = pairs.metrics(policy) | means.result()
+        log(t, metrics)
+        bar.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
+        if checkpoint is not None and (t + 1) % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, t + 1, policy, optimizer)
