@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "tqdm==4.70.1"]
 # ///
 """RLHF with Pairwise Proximal Policy Optimization (P3O, arXiv 2310.00212), in one file.
@@ -635,8 +635,8 @@ def train_policy(
     - Iteration t uses the prompts shuffled(prompts, cfg.pairs, cfg.iterations)[t], in any
       order, and the rate learning_rate(cfg.p3o_lr, t, cfg.iterations).
     - Each of cfg.inner_epochs shuffles the pairs and makes one `gradient_step` for each
-      cfg.minibatch of them, on the gradient of their mean loss, accumulated over micro-batches
-      of cfg.micro_batch pairs.
+      cfg.minibatch of them (the last may be fewer), on the gradient of their mean loss,
+      accumulated over micro-batches of cfg.micro_batch pairs.
     - `loss_fn` gets cfg's beta, clip and clip_range as keywords.
     - No dropout and no weight decay. Before the first `gradient_step`, `self_check` stops the run
       if the log π that this step's loss was computed from is ROUNDING (1e-3 nats on a CPU) or

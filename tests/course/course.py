@@ -217,6 +217,7 @@ def handout(folder: Path) -> None:
     (student / "tests").mkdir(parents=True)
     (student / ".github" / "workflows").mkdir(parents=True)
     (student / ".github" / "workflows" / "classroom.yml").write_text(workflow())
+    (student / ".gitignore").write_text(".venv/\nruns/\n__pycache__/\n")
     (student / "p3o.py").write_text(starter())
     (student / "README.md").write_text((PAGES / "student.md").read_text() + diagnoses())
     ignored = shutil.ignore_patterns("__pycache__", "comparison.csv")
@@ -401,16 +402,18 @@ def grade_all(args: argparse.Namespace) -> int:
     names = names_of(args.files)
     chosen = [args.problem] if args.problem else list(range(1, len(PROBLEMS) + 1))
     reports = {}
+    if args.csv:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
     found = grade(args.files, chosen, args.seconds, args.jobs, args.run)
     for name, report in zip(names, found, strict=True):
         reports[name] = report
         print_report(name, report)
+        if args.csv:
+            write_table(reports, args.csv)  # anew for each file, so that a stop loses none
         if args.json:
             (args.json / name).mkdir(parents=True, exist_ok=True)
             results = json.dumps(results_json(report), indent=2)
             (args.json / name / "results.json").write_text(results)
-    if args.csv:
-        write_table(reports, args.csv)
     return 3 if any(report.not_graded for report in reports.values()) else 0
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import shutil
 import string
 import subprocess
@@ -100,15 +101,18 @@ def hunt(folder: Path, names: list[str], known: int, secret: str) -> None:
 
 def hunt_results(key: Path, answers: Path, table: Path | None = None) -> None:
     """Print for each student whether the diagnosis and the line are right, and write a table."""
-    with answers.open(newline="") as file:
-        found = {row.get("name"): row for row in csv.DictReader(file)}
+    with answers.open(newline="", encoding="utf-8-sig") as file:  # Excel writes such a mark
+        lines = file.read().splitlines()
+    separator = ";" if ";" in "".join(lines[:1]) else ","
+    found = {row.get("name"): row for row in csv.DictReader(lines, delimiter=separator)}
     if None in found:
         raise ValueError(f"{answers} needs the columns {', '.join(ANSWERS)}")
     rows = []
     with key.open(newline="") as file:
         for row in csv.DictReader(file):
             answer = found.get(row["name"], {})
-            diagnosis = (answer.get("diagnosis") or "").strip().upper() == row["diagnosis"]
+            letter, *_ = re.split(r"\W", (answer.get("diagnosis") or "").strip().upper())
+            diagnosis = letter == row["diagnosis"]  # whatever follows is the reason
             line = (answer.get("line") or "").strip()
             inside = line.isdigit() and int(row["first_line"]) <= int(line) <= int(row["last_line"])
             verdicts = ["right" if good else "wrong" for good in (diagnosis, inside)]

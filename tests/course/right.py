@@ -112,6 +112,37 @@ def response_logprobs__columns(model, ids, response_mask):
     return result.index_put((rows, columns), logprobs).view(shape)
 
 
+def response_logprobs__beginner(model, ids, response_mask):
+    def used_columns(masks: Tensor) -> int:
+        """Return how many columns there are up to the last response token, at least 1: (N, T)."""
+        used = 1
+        for mask in masks:
+            positions = mask.nonzero().flatten().tolist()
+            if positions and positions[-1] + 1 > used:
+                used = positions[-1] + 1
+        return used
+
+    length = ids.shape[-1]
+    rows = ids.reshape(-1, length)  # (N, T)
+    masks = response_mask.reshape(-1, length)
+    used = used_columns(masks)
+    hidden = model.base_model(rows[:, :used], use_cache=False).last_hidden_state  # (N, used, D)
+    head = model.get_output_embeddings()
+    result = []
+    for i in range(len(rows)):
+        row_result = torch.zeros(length - 1, device=ids.device)
+        # column t is filled if token t+1 belongs to the response
+        columns = masks[i, 1:].nonzero().flatten()
+        if len(columns) > 0:
+            logits = head(hidden[i, columns]).float()  # (L, V)
+            logprobs = torch.log_softmax(logits, dim=-1)
+            targets = rows[i, columns + 1]
+            picked = logprobs[torch.arange(len(columns), device=ids.device), targets]  # (L,)
+            row_result[columns] = picked
+        result.append(row_result)
+    return torch.stack(result).view(*ids.shape[:-1], length - 1)
+
+
 # ---- 3 -------------------------------------------------------------------------------------
 def sample__generate(model, prompts, n, max_tokens):
     rows = [p for p in prompts for _ in range(n)]
@@ -306,6 +337,73 @@ def sample__library(model, prompts, n, max_tokens):
     repeated = [prompt for prompt in prompts for _ in range(n)]
     ids, response_mask = collate(repeated, responses, model)  # (B·n, T)
     return ids.view(len(prompts), n, -1), response_mask.view(len(prompts), n, -1)
+
+
+def sample__beginner(model, prompts, n, max_tokens):
+    def draw_token(logits: Tensor, dice: float) -> int:
+        """Return the token that `dice`, uniform in [0, 1), draws from softmax(logits), (V,)."""
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("the logits of a sampled token are not finite")
+        # token k owns the interval from the sum of the probabilities before it to that up to it
+        ends = logits.cpu().double().softmax(-1).cumsum(-1)
+        dice = dice * ends[-1].item()  # the last end is 1, but for rounding
+        return (ends <= dice).sum().item()
+
+    eos = model.config.eos_token_id
+    pad = model.config.pad_token_id
+    longest = max(len(prompt) for prompt in prompts)
+
+    # one row for each response; the n copies of a prompt are neighbors
+    owners = []
+    for prompt in prompts:
+        for _ in range(n):
+            owners.append(prompt)
+    tokens = []
+    attention = []
+    positions = []
+    for prompt in owners:
+        padding = longest - len(prompt)
+        tokens.append([pad] * padding + list(prompt))
+        attention.append([0] * padding + [1] * len(prompt))
+        positions.append([0] * padding + list(range(len(prompt))))
+
+    # All dice are thrown first, response by response. So a response does not depend on how
+    # sample_by_parts divides the prompts, which follows --micro-batch
+    fair = torch.distributions.Uniform(0.0, torch.ones((), dtype=torch.float64))
+    dice = [fair.sample((max_tokens,)).tolist() for _ in owners]
+    responses = [[] for _ in owners]
+    done = [False for _ in owners]
+    past = None
+    for step in range(max_tokens):
+        output = model.base_model(
+            input_ids=torch.tensor(tokens, device=model.device),
+            attention_mask=torch.tensor(attention, device=model.device),
+            position_ids=torch.tensor(positions, device=model.device),
+            past_key_values=past,
+            use_cache=True,
+        )
+        past = output.past_key_values
+        logits = model.get_output_embeddings()(output.last_hidden_state[:, -1]).float()  # (N, V)
+
+        # the next call gets one new token for each row
+        tokens = []
+        positions = []
+        for i in range(len(owners)):
+            token = pad  # of a response that has ended: nobody reads it
+            if not done[i]:
+                token = draw_token(logits[i], dice[i][step])
+                responses[i].append(token)
+                if token == eos:
+                    done[i] = True
+            tokens.append([token])
+            positions.append([len(owners[i]) + step])
+            attention[i].append(1)
+        if all(done):
+            break
+
+    ids, response_mask = collate(owners, responses, model)  # (B·n, T)
+    shape = len(prompts), n, ids.shape[-1]
+    return ids.view(shape), response_mask.view(shape)
 
 
 # ---- 4 -------------------------------------------------------------------------------------
@@ -568,6 +666,87 @@ def p3o_loss__library(
         "objective/q": q.abs().mean(),
     }
     return -0.5 * per_pair.mean(), {name: value.detach() for name, value in metrics.items()}
+
+
+def p3o_loss__beginner(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    scores,
+    *,
+    beta,
+    clip="joint",
+    clip_range=0.2,
+    ratio_bound=10.0,
+):
+    def clipped_term(
+        weight: Tensor, value: Tensor, lowest: float, highest: float
+    ) -> tuple[Tensor, bool]:
+        """Return min(weight·value, weight·clip(value, lowest, highest)), and if clip stops it.
+
+        All are scalars, and `weight` is a constant.
+        """
+        went_too_far_up = bool(weight > 0 and value > highest)
+        went_too_far_down = bool(weight < 0 and value < lowest)
+        if went_too_far_up or went_too_far_down:
+            return weight * value.clamp(lowest, highest), True  # outside, clamp has gradient 0
+        return weight * value, False
+
+    if clip not in ("joint", "separate", "none"):
+        raise ValueError(f"clip must be joint, separate or none, not {clip!r}")
+    old_logprobs = old_logprobs.detach()
+    ref_logprobs = ref_logprobs.detach()
+    scores = scores.detach()
+
+    total = 0.0
+    stopped = []
+    kls = []
+    ratios = []
+    sizes_of_q = []
+    for b in range(len(logprobs)):
+        now_1, now_2 = logprobs[b, 0].detach(), logprobs[b, 1].detach()
+        h_1 = now_1 - ref_logprobs[b, 0]
+        h_2 = now_2 - ref_logprobs[b, 1]
+        q = scores[b, 0] - scores[b, 1] - beta * (h_1 - h_2)
+        sizes_of_q.append(q.abs())
+
+        log_rho_1 = logprobs[b, 0] - old_logprobs[b, 0]  # these two have a gradient
+        log_rho_2 = logprobs[b, 1] - old_logprobs[b, 1]
+        if clip == "separate":
+            log_rho_1 = log_rho_1.clamp(max=20)
+            log_rho_2 = log_rho_2.clamp(max=20)
+        for log_rho in (log_rho_1.detach(), log_rho_2.detach()):
+            kls.append(0.5 * log_rho * log_rho)
+            ratios.append(log_rho.exp())
+
+        if clip == "separate":
+            rho_1 = log_rho_1.exp()
+            rho_2 = log_rho_2.exp()
+            weight_1 = rho_1.detach().clamp(1 / ratio_bound, ratio_bound)
+            weight_2 = rho_2.detach().clamp(1 / ratio_bound, ratio_bound)
+            first, stops_1 = clipped_term(q * weight_2, rho_1, 1 - clip_range, 1 + clip_range)
+            second, stops_2 = clipped_term(-q * weight_1, rho_2, 1 - clip_range, 1 + clip_range)
+            gain = 0.5 * (first + second)
+            stopped += [stops_1, stops_2]
+        else:
+            u = log_rho_1 - log_rho_2
+            w = (log_rho_1 + log_rho_2).detach().exp()
+            if clip == "joint":
+                w = w.clamp(1 / ratio_bound, ratio_bound)
+                term, stops = clipped_term(q * w, u, -clip_range, clip_range)
+            else:
+                term, stops = q * w * u, False
+            gain = 0.5 * term
+            stopped.append(stops)
+        total = total + gain
+
+    metrics = {
+        "policy/clipfrac": torch.tensor(sum(stopped) / len(stopped), device=logprobs.device),
+        "policy/approxkl": torch.stack(kls).mean(),
+        "policy/ratio": torch.stack(ratios).mean(),
+        "objective/q": torch.stack(sizes_of_q).mean(),
+    }
+    return -total / len(logprobs), metrics
 
 
 # ---- 7 -------------------------------------------------------------------------------------
@@ -983,5 +1162,96 @@ def train_policy__library(policy, reference, score, loss_fn, prompts, cfg, log, 
         metrics = pairs.metrics(policy) | means.result()
         log(t, metrics)
         bar.set_postfix(score=metrics["objective/scores"], kl=metrics["objective/kl"])
+        if checkpoint is not None and (t + 1) % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, t + 1, policy, optimizer)
+
+
+def train_policy__beginner(policy, reference, score, loss_fn, prompts, cfg, log, checkpoint=None):
+    @torch.no_grad()
+    def measure(
+        policy: PreTrainedModel,
+        reference: PreTrainedModel,
+        score: Callable[[Tensor, Tensor], Tensor],
+        ids: Tensor,
+        response_mask: Tensor,
+        cfg: Config,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log π_old, log π_ref and the scores of all pairs, (B, 2) each."""
+        old_logprobs = []
+        ref_logprobs = []
+        scores = []
+        for pairs in parts(list(range(len(ids))), cfg.micro_batch):
+            part = ids[pairs], response_mask[pairs]  # (b, 2, T) each
+            old_logprobs.append(sequence_logprobs(policy, *part))
+            ref_logprobs.append(sequence_logprobs(reference, *part))
+            scores.append(score(*part))
+        return torch.cat(old_logprobs), torch.cat(ref_logprobs), torch.cat(scores)
+
+    policy.eval()
+    reference.eval()
+    optimizer = make_optimizer([{"params": policy.parameters(), "weight_decay": 0.0}])
+    optimizer.zero_grad()
+    batches = shuffled(prompts, cfg.pairs, cfg.iterations)
+    start = 0
+    if checkpoint is not None and checkpoint.exists():
+        start = load_checkpoint(checkpoint, policy, optimizer)
+
+    for t in tqdm(range(start, cfg.iterations), "3 P3O   "):
+        # sample and score
+        ids, response_mask = sample_by_parts(policy, batches[t], 2, cfg)  # (B, 2, T)
+        old_logprobs, ref_logprobs, scores = measure(
+            policy, reference, score, ids, response_mask, cfg
+        )  # (B, 2) each
+
+        # update
+        rate = learning_rate(cfg.p3o_lr, t, cfg.iterations)
+        sums = defaultdict(float)  # of each metric, over all pairs of all updates
+        seen = 0  # pairs, in all updates
+        for epoch in range(cfg.inner_epochs):
+            order = torch.randperm(len(ids)).tolist()
+            for number, minibatch in enumerate(parts(order, cfg.minibatch)):
+                worst_old = []
+                worst_ref = []
+                for pairs in parts(minibatch, cfg.micro_batch):
+                    logprobs = sequence_logprobs(policy, ids[pairs], response_mask[pairs])
+                    loss, metrics = loss_fn(
+                        logprobs,
+                        old_logprobs[pairs],
+                        ref_logprobs[pairs],
+                        scores[pairs],
+                        beta=cfg.beta,
+                        clip=cfg.clip,
+                        clip_range=cfg.clip_range,
+                    )
+                    (loss * len(pairs) / len(minibatch)).backward()
+                    sums["loss/policy"] += loss.item() * len(pairs)
+                    for name, value in metrics.items():
+                        sums[name] += float(value) * len(pairs)
+                    difference = logprobs.detach() - old_logprobs[pairs]
+                    worst_old += difference.abs().flatten().tolist()
+                    difference = logprobs.detach() - ref_logprobs[pairs]
+                    worst_ref += difference.abs().flatten().tolist()
+                if t == 0 and epoch == 0 and number == 0:
+                    self_check(
+                        "log π starts at log π_old", all(one < ROUNDING for one in worst_old)
+                    )
+                    self_check(
+                        "log π starts at log π_ref", all(one < ROUNDING for one in worst_ref)
+                    )
+                norm = gradient_step(policy, optimizer, rate)
+                sums["policy/grad_norm"] += norm * len(minibatch)
+                seen += len(minibatch)
+
+        # report
+        means = {}
+        for name, value in sums.items():
+            means[name] = value / seen
+        means["objective/scores"] = scores.float().mean().item()
+        means["objective/kl"] = (old_logprobs - ref_logprobs).mean().item()
+        means["objective/entropy"] = -old_logprobs.mean().item()
+        means["response/length"] = response_mask.sum(-1).float().mean().item()
+        means["response/finished"] = finished(policy, ids, response_mask).float().mean().item()
+        log(t, means)
+
         if checkpoint is not None and (t + 1) % CHECKPOINT_EVERY == 0:
             save_checkpoint(checkpoint, t + 1, policy, optimizer)

@@ -109,7 +109,7 @@ def result_of(folder: Path, exit_code: int, seconds: int) -> Result:
         return result
     with (folder / "errors.txt").open(errors="replace") as file:
         errors = file.read(100_000)
-    reason = re.search("cannot be imported: .*", errors)
+    reason = re.search("cannot be imported: .{,300}", errors)
     return Result([], {}, f"the file {reason[0]}" if reason else f"no test ran: {errors[-1000:]}")
 
 
