@@ -150,12 +150,12 @@ def sensitivity(rows: pandas.DataFrame) -> Figure:
     """Score − β KL by learning rate, by passes over the same samples, and by offset."""
     figure, axes = plt.subplots(1, 3, figsize=(9.8, 3.8), sharey=True)
     panels = (
-        ("rate", "lr", "learning rate", "A cliff at 4 or 8 times the tuned rate"),
+        ("rate", "lr", "learning rate", "Rate: a cliff at 4 to 8 × tuned"),
         (
             "staleness",
             "epochs",
             "passes over the same samples",
-            "Tuned rate: reuse hurts PPO and P3O (V1)",
+            "Reuse hurts PPO and P3O (V1)",
         ),
         ("offset", "offset", "standard deviation of δ(x)", "An offset hurts PPO alone"),
     )

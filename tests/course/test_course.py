@@ -303,6 +303,7 @@ def test_a_hunt_gives_symptoms_then_sources_and_checks_both_answers(tmp_path, mo
     for row, says in (
         (f"Ada,{letter.lower()},{lines[-1]}\n", "right,right,2"),
         (f"Ada,{letter},{lines[-1] + 1}\n", "right,wrong,1"),
+        (f"Ada,{letter} - the scores fall,{lines[0]}\n", "right,right,2"),
         ("Ada,?,somewhere\n", "wrong,wrong,0"),
         ("", "wrong,wrong,0"),
     ):
@@ -312,6 +313,9 @@ def test_a_hunt_gives_symptoms_then_sources_and_checks_both_answers(tmp_path, mo
         diagnosis, line, points = says.split(",")
         printed = f"Ada: diagnosis {diagnosis}, line {line}: {points} of 2"
         assert capsys.readouterr().out.splitlines()[-1] == printed
+    answers.write_text(f"name;diagnosis;line\nAda;{letter};{lines[0]}\n", encoding="utf-8-sig")
+    hunt.hunt_results(tmp_path / "key.csv", answers)
+    assert capsys.readouterr().out.endswith("2 of 2\n"), "as some versions of Excel write it"
 
 
 # ---- Grading -------------------------------------------------------------------------------
@@ -345,6 +349,8 @@ def submissions() -> list[tuple[str, str, float | None]]:
         ("cannot be imported: SystemExit", empty + "\nimport sys\nsys.exit(0)\n", 0.0),
         ("cannot be imported: NameError", "", 0.0),
         ("of processor time", empty + "\nwhile True: pass\n", None),
+        ("imports source, a module of the tests", body("import source"), 0.0),
+        ("imports tests.expected, a module", empty + "\nfrom tests.expected import gap\n", 0.0),
     ]
 
 
@@ -413,13 +419,15 @@ HEALTHY = dict(win_rate=0.9, kl_policy=2.5, finished_policy=1.0)
     [
         (RUN.format(HEALTHY), 10, ""),
         (RUN.format(HEALTHY | dict(win_rate=0.3)), 6, "win_rate 0.3, not 0.8 to 1"),
-        (RUN.format(HEALTHY | dict(kl_policy=300)), 7, "kl_policy 300, not 1 to 8"),
-        (RUN.format({}), 0, "finished_policy None"),
+        (RUN.format(HEALTHY | dict(kl_policy=300)), 7, "kl_policy 300.0, not 1 to 8"),
+        (RUN.format({}), 0, "not what p3o.py writes: KeyError 'win_rate'"),
+        (RUN.format([1]), 0, "not what p3o.py writes"),
+        (RUN.format("0.9"), 0, "not what p3o.py writes"),
         ("raise ValueError('no')", 0, "did not end: ValueError: no"),
         ("", 0, "did not end"),
         ("import os\nos.kill(os.getpid(), 24)", None, "run again"),
     ],
-    ids=["healthy", "loses", "far", "no figures", "error", "empty", "stopped"],
+    ids=["healthy", "loses", "far", "no figures", "list", "number", "error", "empty", "stopped"],
 )
 def test_a_run_earns_points_for_each_figure_in_its_range(tmp_path, text, points, says):
     file = tmp_path / "p3o.py"
@@ -542,6 +550,6 @@ def test_gradescope_grades_each_problem(gradescope):
     assert tests.pop(f"5 {LOSS}")["status"] == "passed"
     stopped = tests.pop("7 set_gain")
     assert "score" not in stopped and "run again" in stopped["output"]
-    assert "not graded, run again: 7 set_gain" in results["output"]
+    assert results["output"] == "", "points are not shown before the due date"
     assert {test["score"] for test in tests.values()} == {0.0}
     assert results["score"] == 4
