@@ -819,8 +819,6 @@ def report(
 # ---- The run -------------------------------------------------------------------------------
 def run(cfg: Config) -> None:
     """Run each stage that is not finished yet, then evaluate."""
-    if cfg.small:  # matrices as small as these gain little from more threads
-        torch.set_num_threads(1)
     torch.manual_seed(cfg.seed)
     policy, tokenizer = load_base(cfg)
     started = first_start(cfg.out)
