@@ -1,8 +1,8 @@
 """Test the comparison: its bookkeeping, its pictures, and its findings on the committed rows.
 
 Ties, the offset and stale samples at one rate were found on seeds 0 to 2 and checked on seeds 3 to
-5. Those about critics and good demonstrations come from seeds 8 to 12 and 8 to 10 and were not
-checked on others. The rest come from seeds 0 to 2 and were checked on seeds 6 and 7. README.md says
+5. Those about critics and good demonstrations come from seeds 8 to 12 and were not checked on
+others. The rest come from seeds 0 to 2 and were checked on seeds 6 and 7. README.md says
 the same in words, and so does the notebook in section 11.
 """
 
@@ -790,13 +790,26 @@ def test_learning_both_at_once_does_not_win_when_preferences_are_scarce(form):
     assert abs(gaps[0.1].mean()) < 0.3
 
 
-@pytest.mark.parametrize("share", [0.01, 0.03])
+@pytest.mark.parametrize("share", compare.GOOD_SHARES)
 def test_with_good_demonstrations_learning_both_at_once_does_not_win_either(share):
     pipeline, exact, logistic = compare.good_gaps(ROWS, share, "SFT").values()
-    assert len(pipeline) == len(exact) == len(logistic) == 3
-    assert min(minus(pipeline, exact) + minus(pipeline, logistic)) > 0.5
-    assert min(pipeline) > 0 > max(exact), "AIHF is below its SFT model"
-    assert compare.interval(logistic)[0] < 0
+    assert len(pipeline) == len(exact) == len(logistic) == 5
+    assert min(pipeline) > 0 and min(minus(pipeline, exact)) > 0
+    if share < 0.1:
+        assert min(minus(pipeline, exact) + minus(pipeline, logistic)) > 0.5
+        assert compare.interval(logistic)[0] < 0
+    else:
+        gaps = minus(logistic, pipeline)
+        assert sum(gap > 0 for gap in gaps) == 1 and abs(statistics.mean(gaps)) < 0.1, "a tie"
+
+
+def test_with_few_preferences_aihf_is_mostly_below_its_sft_model():
+    below = {"AIHF": 0, "AIHF, logistic": 0}
+    for share in (0.01, 0.03):
+        gaps = compare.good_gaps(ROWS, share, "SFT")
+        for method in below:
+            below[method] += sum(gap < 0 for gap in gaps[method])
+    assert below == {"AIHF": 9, "AIHF, logistic": 8}
 
 
 def test_the_readme_has_the_table_the_other_numbers_and_pictures_that_exist():
@@ -823,7 +836,7 @@ def test_the_readme_has_the_table_the_other_numbers_and_pictures_that_exist():
     good = ROWS[ROWS.part == "good demonstrations"]
     golds = good.groupby(["method", "knob"]).gold.apply(list)
     for method in compare.GOOD_METHODS:
-        cells = [compare.cell(golds[method, share], ".2f") for share in (0.01, 0.03)]
+        cells = [compare.cell(golds[method, share], ".2f") for share in compare.GOOD_SHARES]
         assert f"| {method} | {' | '.join(cells)} |" in readme
     demonstrations = [float(curve) for curve in good[good.method == "SFT"].curve]
     assert f"They reach {compare.cell(demonstrations, '.2f')}." in prose
