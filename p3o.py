@@ -260,7 +260,7 @@ def sample(
       `response_logprobs` computes. All draws are independent.
     - A response ends with its first EOS, which is part of it, or after max_tokens tokens. Until
       then a pad token that is drawn is part of it, too, like any other token.
-    - Raises FloatingPointError if logits are not finite, for a row that has no EOS yet.
+    - Raises FloatingPointError if a row that has no EOS yet has a logit of NaN or +inf.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]  # N = B·n, the n of a prompt together
     responses = [[] for _ in rows]
@@ -319,7 +319,7 @@ def sample(
 def sample_by_parts(
     model: PreTrainedModel, prompts: list[list[int]], n: int, cfg: Config
 ) -> tuple[Tensor, Tensor]:
-    """Return what `sample` returns, (B, n, T), with only some of the rows in memory at a time."""
+    """Return what `sample` returns, (B, n, T), sampled by parts of the rows to save memory."""
     rows = []
     masks = []
     for part in parts(prompts, AT_ONCE * cfg.micro_batch):
@@ -399,7 +399,7 @@ def finished(model: PreTrainedModel, ids: Tensor, response_mask: Tensor) -> Tens
 def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """Return the mean of −log σ(r_w − r_l) in nats: (B,), (B,) → scalar (Bradley & Terry 1952).
 
-    The loss and its gradient are finite at any margin.
+    The loss and its gradient are finite at any finite margin.
 
     >>> bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0]))
     tensor(0.3133)

@@ -70,7 +70,7 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Converting a tensor with requires_grad=True")
     for marker in (
         "resuming: needs train_policy's checkpoint, which no problem asks for",
-        "padding: speed, memory and NaN, which no problem asks for",
+        "padding: speed, memory and infinite logits, on which no problem's points depend",
     ):
         config.addinivalue_line("markers", marker)
     for number, (function, what) in enumerate(PROBLEMS.items(), 1):

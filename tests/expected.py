@@ -126,14 +126,18 @@ def diagnosis(batch: Batch, loss: float, clip: str, beta: float, eps: float, c: 
         "it is L, but should be −L": mean(right),
         "it is a sum over pairs, but should be a mean": -mean(right) * len(log_ratios),
         "the ½ is missing": -2 * mean(right),
-        "ε is not clip_range, but the default": -mean(right, eps=EPS),
-        "the bound c is missing": -mean(right, c=math.inf),
-        "c is not ratio_bound, but the default": -mean(right, c=BOUND),
-        "a response weighs its own ρ̄, not its partner's": -mean(right, flip=True),
-        "ρ_1 ρ_2 has a bound, which eq. (3) does not have": -mean(
-            right, form="joint", eps=math.inf
-        ),
     }
+    if clip == "none":
+        bounded = -mean(right, form="joint", eps=math.inf)
+        mistakes["ρ_1 ρ_2 has a bound, which eq. (3) does not have"] = bounded
+    else:
+        mistakes |= {
+            "ε is not clip_range, but the default": -mean(right, eps=EPS),
+            "the clip by ε is missing": -mean(right, eps=math.inf),
+            "the bound c is missing": -mean(right, c=math.inf),
+            "c is not ratio_bound, but the default": -mean(right, c=BOUND),
+            "a response weighs its own ρ̄, not its partner's": -mean(right, flip=True),
+        }
     wanted = f"the loss should be −L of eq. {dict(none='(3)', joint='(4)', separate='(5)')[clip]}"
     for mistake, value in mistakes.items():
         if math.isclose(loss, value, rel_tol=1e-9):

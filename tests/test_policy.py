@@ -135,20 +135,28 @@ def test_the_self_check_stops_a_run_whose_reference_is_another_model(tiny, promp
         pytest.param(True, slice(None), id="in updates"),
         pytest.param(False, slice(None), id="in sampling and scoring"),
         pytest.param(True, slice(1), id="in one response"),
+        pytest.param(True, slice(96, None), id="in the last micro-batch"),
     ],
 )
 def test_the_self_check_stops_a_run_whose_ratio_is_not_1(toy, updating, rows):
     """For instance because dropout is on in one place."""
     policy = copy.deepcopy(toy)
+    updated = 0  # rows that passed with a gradient so far, of 128
 
     def disturb(_, arguments, output):
+        nonlocal updated
         if torch.is_grad_enabled() == updating:
+            where = torch.zeros(10_000, dtype=torch.bool)
+            where[rows] = True
+            count = len(output.last_hidden_state)
+            first = updated * updating
+            updated += count
             output.last_hidden_state = output.last_hidden_state.clone()
-            output.last_hidden_state[rows] *= 1.01
+            output.last_hidden_state[where[first : first + count]] *= 1.01
         return output
 
     policy.base_model.register_forward_hook(disturb)
-    cfg = small(iterations=1, pairs=64, minibatch=64, micro_batch=64, response_tokens=LONGEST)
+    cfg = small(iterations=1, pairs=64, minibatch=64, micro_batch=16, response_tokens=LONGEST)
     why = "the log π that its loss is computed from is not log π_old, on one response or more"
     assert_stopped(why, policy, toy, length_score, TOY_PROMPTS * 64, cfg)
 

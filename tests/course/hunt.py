@@ -1,6 +1,7 @@
 """The bug hunt: a run with a bug for each student, its source, and the answers."""
 
 import csv
+import io
 import os
 import random
 import re
@@ -101,20 +102,24 @@ def hunt(folder: Path, names: list[str], known: int, secret: str) -> None:
 
 def hunt_results(key: Path, answers: Path, table: Path | None = None) -> None:
     """Print for each student whether the diagnosis and the line are right, and write a table."""
-    with answers.open(newline="", encoding="utf-8-sig") as file:  # Excel writes such a mark
-        lines = file.read().splitlines()
-    separator = ";" if ";" in "".join(lines[:1]) else ","
-    found = {row.get("name"): row for row in csv.DictReader(lines, delimiter=separator)}
-    if None in found:
+    text = answers.read_text(encoding="utf-8-sig")  # Excel writes such a mark
+    separator = ";" if ";" in text.split("\n")[0] else ","
+    options = dict(delimiter=separator, skipinitialspace=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), **options)
+    found = {row.get("name"): row for row in reader}
+    if not set(ANSWERS) <= set(reader.fieldnames or ()):
         raise ValueError(f"{answers} needs the columns {', '.join(ANSWERS)}")
     rows = []
     with key.open(newline="") as file:
         for row in csv.DictReader(file):
             answer = found.get(row["name"], {})
-            letter, *_ = re.split(r"\W", (answer.get("diagnosis") or "").strip().upper())
-            diagnosis = letter == row["diagnosis"]  # whatever follows is the reason
+            # a letter alone, or with a reason after a mark: "H", "(H)", "H - the scores fall"
+            given = (answer.get("diagnosis") or "").strip().upper()
+            letter = re.match(r"\W*([A-Z])(?=\W*$|\s*[-–—:;.,)*])", given)
+            diagnosis = bool(letter) and letter[1] == row["diagnosis"]
             line = (answer.get("line") or "").strip()
-            inside = line.isdigit() and int(row["first_line"]) <= int(line) <= int(row["last_line"])
+            lines = range(int(row["first_line"]), int(row["last_line"]) + 1)
+            inside = line.isdecimal() and int(line) in lines
             verdicts = ["right" if good else "wrong" for good in (diagnosis, inside)]
             rows.append([row["name"], *verdicts, diagnosis + inside])
             print(
@@ -123,6 +128,7 @@ def hunt_results(key: Path, answers: Path, table: Path | None = None) -> None:
     for name in sorted(found.keys() - {row[0] for row in rows}):
         print(f"{name}: no such student in {key}", file=sys.stderr)
     if table:
+        table.parent.mkdir(parents=True, exist_ok=True)
         with table.open("w", newline="") as out:
             csv.writer(out).writerows([[*ANSWERS, "points"], *rows])
 

@@ -1,6 +1,6 @@
 """One answer to question 4 of the open problem: a judge of openers, its equilibrium, and a run.
 
-    python tests/course/openers.py runs/small       # after `python p3o.py --small`; half a minute
+    python tests/course/openers.py runs/small       # after `python p3o.py --small`; a minute
 
 The judge sees only how a response begins: with one of three kind openers, or without. In a circle,
 each kind opener beats the next one, and all beat a response without. Because the judge sees nothing

@@ -291,13 +291,11 @@ def sample__library(model, prompts, n, max_tokens):
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
     class FiniteLogits(LogitsProcessor):
-        """Passes the logits on as they are, unless one of them is not finite."""
+        """Passes the logits on as they are, unless one of them is NaN or +inf."""
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            if not torch.isfinite(scores).all():
-                raise FloatingPointError(
-                    "the model's logits are not finite; nothing can be sampled"
-                )
+            if scores.isnan().any() or (scores == math.inf).any():
+                raise FloatingPointError("the model's logits are not finite")
             return scores
 
     @contextlib.contextmanager
@@ -712,12 +710,12 @@ def p3o_loss__beginner(
 
         log_rho_1 = logprobs[b, 0] - old_logprobs[b, 0]  # these two have a gradient
         log_rho_2 = logprobs[b, 1] - old_logprobs[b, 1]
-        if clip == "separate":
-            log_rho_1 = log_rho_1.clamp(max=20)
-            log_rho_2 = log_rho_2.clamp(max=20)
         for log_rho in (log_rho_1.detach(), log_rho_2.detach()):
             kls.append(0.5 * log_rho * log_rho)
             ratios.append(log_rho.exp())
+        if clip == "separate":
+            log_rho_1 = log_rho_1.clamp(max=20)
+            log_rho_2 = log_rho_2.clamp(max=20)
 
         if clip == "separate":
             rho_1 = log_rho_1.exp()
@@ -822,7 +820,7 @@ def train_policy__lists(policy, reference, score, loss_fn, prompts, cfg, log, ch
                 for begin in range(0, len(batch), cfg.micro_batch):
                     k = batch[begin : begin + cfg.micro_batch]
                     new = response_logprobs(policy, ids[k], mask[k]).sum(-1)
-                    if t == epoch == start == begin == 0:
+                    if t == epoch == start == 0:
                         drift = max((new - old[k]).abs().max(), (new - ref[k]).abs().max())
                         self_check("ratio = 1 and KL = 0 before the first update", drift < 1e-3)
                     loss, extra = loss_fn(
@@ -943,7 +941,7 @@ def train_policy__by_dataset(policy, reference, score, loss_fn, prompts, cfg, lo
                     *[column.split(cfg.micro_batch) for column in minibatch], strict=True
                 ):
                     logprobs = response_logprobs(policy, i, m).sum(-1)
-                    if updates == 0 and seen == 0:
+                    if updates == 0:
                         start = torch.cat([logprobs - old, logprobs - ref]).abs().max()
                         self_check("ratio = 1 and KL = 0 before the first update", start < 1e-3)
                     loss, metrics = loss_fn(

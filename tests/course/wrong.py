@@ -191,6 +191,11 @@ for mistake, (solution, says), old, new in entries(r"""
 > ρ_1 ρ_2
 -both = (l1 + l2).exp().detach()
 +both = torch.ones_like(l1)
+# no clip in V2
+  p3o_loss__two_columns
+> clip by ε is missing
+-        objective = 0.5 * torch.min(a, b)
++        objective = 0.5 * a
 # no bound on V2's weight
   p3o_loss__two_columns
 > c is missing
