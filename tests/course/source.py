@@ -27,14 +27,19 @@ class Function(NamedTuple):
     last: int
 
 
+def top_of(node: ast.stmt) -> int:
+    """Return the index of a statement's first line, with its decorators."""
+    return min(part.lineno for part in [node, *getattr(node, "decorator_list", [])]) - 1
+
+
 def functions(source: str) -> dict[str, Function]:
     """Return a file's functions by name. Of two with the same name, the last counts."""
     lines = source.splitlines(keepends=True)
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef):
-            top = min(part.lineno for part in [node, *node.decorator_list]) - 1
-            first = node.body[0].lineno - 1
+            top = top_of(node)
+            first = top_of(node.body[0])
             if ast.get_docstring(node):
                 first = node.body[0].end_lineno
             last = node.end_lineno
