@@ -188,7 +188,7 @@ SMALL = dict(
     minibatch=32,
     inner_epochs=2,
     p3o_lr=2e-3,
-    micro_batch=16,
+    micro_batch=32,
     eval_prompts=512,
 )
 
