@@ -87,6 +87,11 @@ def readme_code(holds: str) -> str:
     return code
 
 
+def test_the_bug_that_the_tests_readme_plants_changes_one_line():
+    (old, new), *_ = re.findall(r"sed 's/(.*?)/(.*?)/' p3o.py", (TESTS / "README.md").read_text())
+    assert Path(p3o.__file__).read_text().count(old) == 1 and old != new
+
+
 def test_the_readmes_way_of_using_a_run_works_and_scores_as_the_script_does(
     run, tmp_path, monkeypatch, capsys
 ):

@@ -217,7 +217,8 @@ def grade_run(file: Path, options: tuple[str, ...] = ("--small",)) -> Grade:
             last = (Path(folder) / "errors.txt").read_text(errors="replace").strip().split("\n")[-1]
             return Grade("run", 0.0, out_of, f"p3o.py --small did not end: {last[:300]}")
         try:
-            figures = {name: float(json.loads(summary.read_text())[name]) for name, *_ in RUN}
+            found = json.loads(summary.read_text())
+            figures = {name: float(found[name]) for name, *_ in RUN}
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, OSError) as error:
             said = f"summary.json is not what p3o.py writes: {type(error).__name__} {error}"
             return Grade("run", 0.0, out_of, said[:300])

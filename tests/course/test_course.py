@@ -41,6 +41,7 @@ def test_every_bug_can_be_planted_and_names_one_test():
     bugs = BUGS + DATA_BUGS
     assert len({bug.name for bug in bugs}) == len({source.planted(bug) for bug in bugs})
     assert len(BUGS) > 100, "as README.md says"
+    assert f"{sum('__' in name for name in source.right())} more solutions" in PAGE
     for bug in bugs:
         compile(source.planted(bug), bug.name, "exec")
         assert len(files_with(rf"\ndef {bug.caught_by}\(")) == 1, bug.name
