@@ -144,7 +144,7 @@ def hunt_answers() -> str:
         return "".join(f"{sign}{line}\n" for line in text.strip("\n").splitlines())
 
     page = "# The bug hunt: answers\n\n"
-    page += "Figures are ranges over seeds 0 to 2. Another machine rounds differently and gives "
+    page += "Figures are ranges over four runs each. Another machine rounds differently and gives "
     page += "others, about as far apart as seeds are.\n"
     for sick in sorted(SICK, key=lambda sick: sick.diagnosis):
         page += f"\n## {LETTERS[sick.diagnosis]} {sick.diagnosis}\n\n"

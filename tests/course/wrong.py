@@ -338,8 +338,8 @@ for mistake, (diagnosis, *symptom), _, _ in entries("""
 # chosen and rejected exchanged
   Preferred and rejected responses are exchanged in reward training.
   The reward loss falls as it should, but reward_accuracy is near 0.2, far below chance. Stage 3
-  does its work: the score rises to 3, the gold reward falls to −6 or less, and answers become rude
-  and long.
+  does its work: the score rises by 2 or more, the gold reward falls to −6 or less, and answers
+  become rude and long.
 # the KL of the wrong sign
   The policy is paid for its KL to the reference, not charged for it.
   The KL does not settle. It passes 90 nats within 20 iterations and ends above 400. At first the
@@ -351,18 +351,18 @@ for mistake, (diagnosis, *symptom), _, _ in entries("""
 # π_old computed anew at every update
   Ratios are taken against the policy as it is, not as it was when it sampled.
   In all iterations policy/ratio is exactly 1, and policy/clipfrac and policy/approxkl are exactly 0.
-  The run may end well. But on its way nothing stops a step: there are gradient norms above 100
-  (healthy: below 20), and a KL of 9 to 17 in the first iterations.
+  The run may end well. But on its way nothing stops a step: there are gradient norms of 30 to above
+  100 (healthy: below 20), and a KL of 9 to 17 in the first iterations.
 # multiplied by the size, not divided
   r_1 − r_2 does not have size 1 when stage 3 begins.
-  In the first iteration q is r_1 − r_2, and objective/q is 4 to 5 (healthy: 0.8). A root mean
+  In the first iteration q is r_1 − r_2, and objective/q is 3.9 to 5 (healthy: 0.8). A root mean
   square of 1 cannot have such a mean. All scores are several times too large, so β is several times too
   small for them, and the KL ends at 8 to 60.
 # the mean over tokens everywhere
   A response's log-probability is the mean over its tokens, not the sum.
   objective/entropy starts at 0.2 nats per response (healthy: 8), and objective/kl stays small. But
   kl_policy in output.txt, which is a sum, is 90 to 370. KL costs almost nothing, so the policy
-  games the reward model: the score rises by 3, gold is −3 or far less, answers are endless.
+  games the reward model: the score rises by 3 or more, gold is −3 or far less, answers are endless.
 # the policy as its own reference
   The reference is the policy itself.
   objective/kl is exactly 0 in every iteration, but kl_policy in output.txt is 70 to 180. Nothing
@@ -374,7 +374,7 @@ for mistake, (diagnosis, *symptom), _, _ in entries("""
 # samples from the reference
   The responses of stage 3 are sampled from the reference, not from the policy.
   objective/scores does not move in 80 iterations, although score_policy has risen: stage 3 scores
-  SFT's samples again and again. objective/kl, the mean of log π − log π_ref, is negative (to −10 or lower).
+  SFT's samples again and again. objective/kl, the mean of log π − log π_ref, is negative (to about −10, or lower).
   For samples of π it cannot be.
 """):
     (found,) = [wrong for wrong in WRONG if wrong.mistake == mistake]
